@@ -1,0 +1,1118 @@
+#!/usr/bin/env python3
+"""Variational Best-of-N alignment (vBoN), from scratch, in one file.
+
+Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and keeps the best. vBoN fine-tunes a policy
+π_θ so that ONE sample from it is distributed like that best one: it minimizes KL(π_θ ‖ π_bon) with PPO.
+(Amini, Vieira, Ash, Cotterell: "Variational Best-of-N Alignment", ICLR 2025. Equation numbers below are theirs.)
+
+    python vbon.py                                     # toy: nothing to download, π_bon known exactly, one to two minutes
+    python vbon.py --task imdb --N 16                  # the paper's sentiment task, from the Hugging Face hub
+    python vbon.py --task imdb --N 16 --ref DIR --reward DIR --dataset DIR     # the same with your own pieces
+    python vbon.py --objective rlhf --beta 0.1         # the baseline: KL-constrained RL with the same PPO
+    python vbon.py --help                              # every flag, its meaning and its default in each task
+
+The file reads from top to bottom:  1 mathematics  ·  2 settings  ·  3 tasks  ·  4 sampling  ·  5 log F  ·  6 PPO  ·
+7 training and evaluation. Sections 1 and 6's losses are pure functions of tensors: copy them out as they are.
+All logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, P prompts.
+"""
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+# ======================================================================================================================
+# 1. The mathematics
+# ======================================================================================================================
+
+
+def log_bon_pmf(log_F, log_p, N):
+    """log π_bon(y), the exact log-probability that Best-of-N returns the response y (Prop. 1, Eq. 4), in nats.
+
+    π_bon(y) = (F + p)^N − F^N: all N samples rank at most as high as y, but not all of them strictly lower. The paper
+    writes it as the binomial sum Σ_i C(N,i) F^(N−i) p^i, which is the same number but costs O(N) and overflows.
+
+    log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included, prompt not.
+    N: real, at least 1. All broadcast. Relative accuracy 1e-10 in float64 (absolute below 1), differentiable.
+    Raises ValueError where N < 1.
+    """
+    log_F, log_p = torch.as_tensor(log_F), torch.as_tensor(log_p)
+    N = torch.as_tensor(N, dtype=torch.result_type(log_F, log_p), device=log_p.device)
+    if not (N >= 1).all():
+        raise ValueError(f"N must be at least 1, not {N.min().item():g}")
+    # log(F + p). Where the sum is near 1 its log is near 0, and N times a rounding error would show: log1p there.
+    high, low = torch.maximum(log_F, log_p), torch.minimum(log_F, log_p)
+    near_one = torch.log1p(torch.expm1(high.clamp(min=-1)) + torch.exp(low))
+    log_sum = torch.where(high > -0.7, near_one, torch.logaddexp(log_F, log_p))
+    # log π_bon = N log(F+p) + log(1 − (F/(F+p))^N) = N log(F+p) + log(−expm1(−N log1p(e^d))), with d = log p − log F.
+    # A real response has log p = −50 … −1000 and log F = 0 … −7, so e^d may underflow: then the second term is log N + d.
+    d = torch.where(log_F == -torch.inf, torch.inf, log_p - log_F)
+    underflow = -600.0 if d.dtype == torch.float64 else -80.0
+    some_top = torch.log(-torch.expm1(-N * torch.logaddexp(d.clamp(min=underflow), torch.zeros_like(d))))
+    return N * log_sum + torch.where(d < underflow, torch.log(N) + d, some_top)
+
+
+def bon_kl(N):
+    """KL(π_bon ‖ π_ref) = log N − (N−1)/N nats for a continuous reward; an upper bound when single responses have mass."""
+    return math.log(N) - (N - 1) / N
+
+
+def bon_win_rate(N):
+    """P(the best of N beats one more sample of π_ref) = N/(N+1) for a continuous reward."""
+    return N / (N + 1)
+
+
+def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_order=None):
+    """Monte Carlo estimate of log F(y) = log P(r(y') < r(y)), y' ~ π_ref, from M samples of the same prompt (Eq. 6, 7).
+
+    rewards: (...). ref_rewards: (..., M), or (M,) for all. Returns log F̂ (...), float64, nats. With k = #{m : r'_m < r}:
+      "log_mean"   log(k/M)          the paper's: the log of the mean. Consistent, biased, −inf at k = 0
+      "add_one"    log((k+1)/(M+1))  the authors' code: always finite
+      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref, since then F | k ~ Beta(k+1, M−k+1)
+    Only ranks enter, so a strictly increasing map of all rewards changes nothing, not even a bit (App. C).
+    order (...), ref_order (..., M): breaks ties by a total order; tied samples that come earlier then count as lower.
+    Raises ValueError for another estimator, M = 0, a NaN, or one order without the other.
+    """
+    rewards, ref_rewards = torch.as_tensor(rewards), torch.as_tensor(ref_rewards)
+    M = ref_rewards.shape[-1]
+    if M == 0:
+        raise ValueError("estimate_log_F needs at least one reference reward per prompt (M ≥ 1)")
+    if rewards.isnan().any() or ref_rewards.isnan().any():
+        raise ValueError("a reward is NaN: it has no rank")
+    if (order is None) != (ref_order is None):
+        raise ValueError("order and ref_order go together")
+    if order is not None:  # one integer key per sample that sorts by (reward, order)
+        def rank(a, b):
+            ranks = torch.unique(torch.cat([a.flatten(), b.flatten()]), return_inverse=True)[1]
+            return ranks[:a.numel()].view(a.shape), ranks[a.numel():].view(b.shape)
+        (r, ref_r), (o, ref_o) = rank(rewards, ref_rewards), rank(torch.as_tensor(order), torch.as_tensor(ref_order))
+        rewards, ref_rewards = r * (o.numel() + ref_o.numel()) + o, ref_r * (o.numel() + ref_o.numel()) + ref_o
+    dtype = torch.result_type(rewards, ref_rewards)  # compared exactly: the narrower is widened, never the wider rounded
+    ascending = ref_rewards.to(dtype).sort(-1).values
+    if ascending.ndim == 1:
+        k = torch.searchsorted(ascending, rewards.to(dtype).contiguous())
+    else:
+        shape = torch.broadcast_shapes(rewards.shape, ascending.shape[:-1])
+        ascending, values = ascending.expand(*shape, M), rewards.to(dtype).expand(shape)
+        k = torch.searchsorted(ascending.contiguous(), values.unsqueeze(-1).contiguous()).squeeze(-1)
+    k = k.double()
+    if estimator == "log_mean":
+        return torch.log(k / M)
+    if estimator == "add_one":
+        return torch.log((k + 1) / (M + 1))
+    if estimator == "posterior":
+        return torch.digamma(k + 1) - torch.digamma(torch.full_like(k, M + 2))
+    raise ValueError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
+
+
+ESTIMATORS = ("log_mean", "add_one", "posterior")
+
+
+def fit_log_F(ref_rewards):
+    """The paper's smoothing of log F for summarization (§6): least-squares a, b of f(r) = −a·exp(−b·r), a > 0, b > 0.
+
+    The curve is fitted to (sorted rewards, log F̂ by add_one). ref_rewards: (..., M). Returns a, b, each (...), float64;
+    `smooth_log_F(r, a, b)` evaluates. For a given b the best a is in closed form, so that only b is searched for:
+    a grid over its scale, then golden sections. Raises ValueError for M < 3 or a non-finite reward.
+    """
+    r = torch.as_tensor(ref_rewards).double().sort(-1).values
+    M = r.shape[-1]
+    if M < 3 or not r.isfinite().all():
+        raise ValueError("fit_log_F needs at least 3 finite reference rewards per prompt")
+    y = estimate_log_F(r, r.unsqueeze(-2).expand(*r.shape, M)) if r.ndim > 1 else estimate_log_F(r, r)
+    scale = r.std(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    z = (r - r[..., :1]) / scale  # from 0 up, so that no exponential overflows
+
+    def solve(log_b):  # (...,) -> the best a for this b, and the squared error that is left
+        e = torch.exp(-log_b.exp().unsqueeze(-1) * z)
+        a = -(y * e).sum(-1) / (e * e).sum(-1)
+        return a, (y + a.unsqueeze(-1) * e).square().sum(-1)
+
+    grid = torch.linspace(-7, 7, 57, dtype=r.dtype, device=r.device)
+    errors = torch.stack([solve(b.expand(r.shape[:-1]))[1] for b in grid])
+    best = grid[errors.argmin(0)]
+    low, high = best - 0.25, best + 0.25
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        go_left = solve(left)[1] < solve(right)[1]
+        low, high = torch.where(go_left, low, left), torch.where(go_left, right, high)
+    log_b = (low + high) / 2
+    a, b = solve(log_b)[0], log_b.exp() / scale.squeeze(-1)
+    return a * torch.exp(b * r[..., 0]), b
+
+
+def smooth_log_F(rewards, a, b):
+    """The curve that `fit_log_F` found: log F ≈ −a·exp(−b·r), in nats. All broadcast."""
+    return -a * torch.exp(-b * torch.as_tensor(rewards))
+
+
+OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
+
+
+def vbon_reward(log_F, log_p, N, objective="vbon"):
+    """The terminal reward of a response in nats, divided by N. The per-token KL coefficient that goes with it is 1/N.
+
+      "vbon"    log π_bon(y) − log p          the objective itself, −KL(π_θ ‖ π_bon)     (Eq. 5)
+      "bound"   (N−1) log F                   lower bound L                              (Thm. 2, Eq. 8)
+      "bound1"  γ log F + (β−1) log p         lower bound L1, γ = N(N−1)/2, β = N(N+1)/2 (Thm. 3, Eq. 16)
+    All three are maximized as E[reward] − KL(π_θ ‖ π_ref); the division by N leaves the optimum alone and keeps rewards
+    at one scale for every N. log_F, log_p as in `log_bon_pmf`. Raises ValueError for another objective.
+    """
+    log_F, log_p = torch.as_tensor(log_F), torch.as_tensor(log_p)
+    weighted_log_F = torch.zeros_like(log_F) if N == 1 else (N - 1) / N * log_F  # at N = 1 even F = 0 has no weight
+    if objective == "vbon":
+        return (log_bon_pmf(log_F, log_p, N) - log_p) / N
+    if objective == "bound":
+        return weighted_log_F + torch.zeros_like(log_p)
+    if objective == "bound1":
+        return N / 2 * weighted_log_F + ((N + 1) / 2 - 1 / N) * log_p
+    raise ValueError(f"unknown objective {objective!r}: choose from vbon, bound, bound1")
+
+
+# ======================================================================================================================
+# 2. Settings: every flag, its meaning and its default in each task
+# ======================================================================================================================
+
+
+class UserError(Exception):
+    """Something that the user can mend. `main` prints it as one line and exits with code 2."""
+
+
+def flag(help, default=None, choices=None, **per_task):
+    """A dataclass field with its help text; defaults that depend on the task are given by the task's name."""
+    return field(default=default, metadata={"help": help, "choices": choices, "per_task": per_task})
+
+
+def number(text):
+    """'16' -> 16, '2.5' -> 2.5: N may be any real number, and whole ones should look whole."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+@dataclass
+class Args:
+    task: str = flag("what to align: toy (exact, nothing to download) or imdb (positive reviews)", "toy", ("toy", "imdb"))
+    objective: str = flag("vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", "vbon", OBJECTIVES)
+    N: number = flag("the N of Best-of-N, any real number from 1", 16)
+    M: int = flag("samples of π_ref per training prompt that estimate F; vBoN ends about (N−1)/(4M) nats from BoN", 200)
+    estimator: str = flag("how log F is read off the M samples", "add_one", ESTIMATORS)
+    beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N")
+
+    ref: str = flag("reference model: a hub name or folder, any causal LM", imdb="lvwerra/gpt2-imdb")
+    reward: str = flag("reward model: a hub name or folder, any classifier with one logit (the reward) or two "
+                       "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb")
+    dataset: str = flag("prompts: a hub name, a folder, or a .jsonl file, with a `prompt` field, or with a `text` field "
+                        "to cut prefixes from", imdb="stanfordnlp/imdb")
+    train_prompts: int = flag("number of training prompts", toy=4, imdb=5000)
+    test_prompts: int = flag("number of test prompts", toy=512, imdb=512)
+    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", toy=1000, imdb=64)
+    max_new_tokens: int = flag("longest response, in tokens", toy=4, imdb=40)
+    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at this temperature", 1.0)
+
+    episodes: int = flag("responses that PPO trains on in all", toy=61440, imdb=80_000)
+    rollouts: int = flag("responses per PPO phase", toy=512, imdb=128)
+    minibatch: int = flag("responses per gradient step", toy=128, imdb=32)
+    ppo_epochs: int = flag("passes over the responses of a phase", 4)
+    lr: float = flag("AdamW's learning rate", toy=1e-3, imdb=3e-5)
+    lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant")
+    adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95)
+    weight_decay: float = flag("AdamW's weight decay", 1e-6)
+    gamma: float = flag("discount", 1.0)
+    lam: float = flag("λ of generalized advantage estimation", 0.95)
+    clip: float = flag("clip range of the policy ratio", 0.2)
+    value_clip: float = flag("clip range of the value function", 0.2)
+    value_coef: float = flag("weight of the value loss", 1.0)
+    reward_clip: float = flag("terminal rewards are clipped to ± this", 10.0)
+    unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2)
+
+    seed: int = flag("seed of training and of the final evaluation", 0)
+    data_seed: int = flag("seed of the prompts, of the M samples and of toy's π_ref: runs that differ in --seed share them", 0)
+    device: str = flag("auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one", "auto")
+    dtype: str = flag("arithmetic of the forward passes; weights stay float32", "float32", ("float32", "bfloat16"))
+    out: str = flag("folder of this run; default runs/<task>-<objective>-…-seed<seed>")
+    samples: str = flag("file of π_ref's scored samples, read and extended; default samples/<task>-<fingerprint>.jsonl")
+    eval_every: int = flag("toy: phases between exact evaluations", 10)
+    overwrite: bool = flag("replace a finished run in --out", False)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
+                raise UserError(f"--{f.name.replace('_', '-')}: unknown value {value!r}; choose from {', '.join(f.metadata['choices'])}")
+            if value is None:
+                setattr(self, f.name, f.metadata["per_task"].get(self.task))
+        if not (self.N >= 1 and math.isfinite(self.N)):
+            raise UserError(f"--N must be a number from 1, not {self.N}")
+        if self.beta is None:
+            self.beta = 1 / (self.N - 1) if self.N > 1 else None
+        for name in ("M", "test_M", "train_prompts", "test_prompts", "max_new_tokens", "rollouts", "minibatch", "ppo_epochs", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("temperature", "lr", "reward_clip"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
+        if self.objective == "rlhf" and not (self.beta is not None and 0 <= self.beta < math.inf):
+            raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
+        if self.minibatch > self.rollouts or self.episodes < self.rollouts:
+            raise UserError(f"need --minibatch ≤ --rollouts ≤ --episodes, not {self.minibatch}, {self.rollouts}, {self.episodes}")
+        if self.task == "toy" and (self.ref or self.reward or self.dataset):
+            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
+        if self.out is None:
+            strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
+            self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+        if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
+            raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
+
+
+def parse_args(argv=None):
+    """The command line as an `Args`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def one_line(message):
+        raise UserError(message + " (see --help)")
+    parser.error = one_line
+    for f in fields(Args):
+        name, meta = "--" + f.name.replace("_", "-"), f.metadata
+        default = ", ".join(f"{task} {value}" for task, value in meta["per_task"].items()) or f.default
+        help = meta["help"] + ("" if default is None else f" [{default}]")
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=help)
+        else:
+            values = " ".join(meta["choices"]) if meta["choices"] else f.name.upper().split("_")[-1]
+            parser.add_argument(name, type=f.type, default=f.default, metavar=values if not meta["choices"] else "{" + values.replace(" ", ",") + "}",
+                                help=help.replace("%", "%%"))
+    return Args(**vars(parser.parse_args(argv)))
+
+
+# ======================================================================================================================
+# 3. Tasks: a reference model, a reward, prompts
+# ======================================================================================================================
+
+
+@dataclass
+class Task:
+    ref: nn.Module                    # π_ref, a causal language model
+    tokenizer: object
+    score: Callable                   # (prompts, responses), two lists of B texts -> B floats
+    train_prompts: list               # texts; may repeat
+    test_prompts: list
+    reward_id: str = ""               # what identifies the reward in the file of samples
+    enumerate_responses: Callable = None  # toy only: every possible response, for the exact truth
+
+
+# --- toy: film verdicts of at most four tokens, each one of which can be enumerated -----------------------------------
+# A tiny GPT-2 learns to finish "the acting was" with a verdict such as "very superb ." or "slow but moving ." The full
+# stop is EOS. With 18 words and at most 4 tokens there are 111 151 possible responses to each prompt, so that π_ref,
+# F, π_bon and every distance between distributions are known exactly. Training sees none of that: it works from the M
+# samples like the real tasks.
+
+KINDNESS = {"acting": 0.5, "music": 0.2, "plot": -0.1, "ending": -0.4}  # how kind critics are to it
+WARMTH = {"superb": 2.13, "moving": 1.47, "funny": 1.02, "clever": 0.71, "odd": -0.29, "slow": -0.83, "dull": -1.36, "awful": -2.19}
+TOY_WORDS = ["the", "was", *KINDNESS, "very", "not", "and", "but", *WARMTH]
+
+
+def warmth(verdict):
+    """The toy's reward: how warm a verdict is. 'very' strengthens and 'not' turns the adjective after it, what stands
+    before a 'but' counts half, the last word lingers, and any other word is babble."""
+    score, strength, adjectives = 0.0, 1.0, 0
+    for word in verdict.split():
+        if word in WARMTH:
+            score += strength * WARMTH[word] * (1 + 0.1 * adjectives)
+            strength, adjectives = 1.0, adjectives + 1
+        elif word == "very":
+            strength *= 1.5
+        elif word == "not":
+            strength *= -0.6
+        elif word == "but":
+            score *= 0.5
+        elif word != "and":
+            score -= 0.1
+    return score
+
+
+def write_verdict(noun, rng):
+    """One verdict of the training corpus of π_ref."""
+    def adjective():
+        return rng.choices(list(WARMTH), [math.exp(KINDNESS[noun] * w) for w in WARMTH.values()])[0]
+    pattern = rng.random()
+    if pattern < 0.3:
+        return adjective()
+    if pattern < 0.6:
+        return rng.choice(["very", "not"]) + " " + adjective()
+    first, second = adjective(), adjective()
+    return first + (" and " if WARMTH[first] * WARMTH[second] > 0 else " but ") + second
+
+
+def toy_task(args, device):
+    """Trains the toy's π_ref on verdicts, in a few seconds."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    eos = len(TOY_WORDS)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOY_WORDS + ["."])}, unk_token="."))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".")
+    torch.manual_seed(args.data_seed)
+    lm = GPT2LMHeadModel(GPT2Config(
+        vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos, loss_type="ForCausalLM", activation_function="relu",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
+    rng, steps = random.Random(args.data_seed), 200
+    corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
+    ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
+    labels = ids.masked_fill(~mask, -100)
+    labels[:, :3] = -100  # the prompt is given
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for rows in tqdm(torch.randint(len(corpus), (steps, 256)).to(device), desc="training toy's π_ref", leave=False):
+        loss = lm(input_ids=ids[rows], attention_mask=mask[rows].long(), labels=labels[rows]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(), schedule.step()
+    prompts = [f"the {noun} was" for noun in KINDNESS]
+    return Task(lm.eval(), tokenizer, lambda prompts, responses: [warmth(r) for r in responses],
+                prompts, [prompts[i % len(prompts)] for i in range(args.test_prompts)], "warmth")
+
+
+def enumerate_log_p(lm, prompt_ids, args):
+    """log π(y) of every response y to one toy prompt, (111151,) float64 nats, in the order of `enumerate_responses`.
+
+    Walks the tree of prefixes level by level: after t words either EOS ends the response or one of W words extends it.
+    """
+    W, eos, device = len(TOY_WORDS), len(TOY_WORDS), next(lm.parameters()).device
+    prefixes, log_p, ended = torch.empty(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.double), []
+    for _ in range(args.max_new_tokens):
+        ids = torch.cat([torch.tensor(prompt_ids).expand(len(prefixes), -1), prefixes], 1)
+        step = torch.cat([next_token_log_probs(lm, chunk.to(device), args.temperature).double().cpu() for chunk in ids.split(8192)])
+        step = step + log_p.unsqueeze(1)
+        ended.append(step[:, eos])
+        log_p = step[:, :W].flatten()
+        prefixes = torch.cat([prefixes.repeat_interleave(W, 0), torch.arange(W).repeat(len(prefixes)).unsqueeze(1)], 1)
+    return torch.cat(ended + [log_p])
+
+
+def next_token_log_probs(lm, ids, temperature):
+    """log π(next token | ids), (B, V), for unpadded ids (B, T)."""
+    with torch.no_grad():
+        return lm(input_ids=ids, logits_to_keep=1).logits[:, 0].float().div(temperature).log_softmax(-1)
+
+
+def enumerate_responses(max_new_tokens):
+    """Every response the toy's model can give: those of 0, 1, … words that EOS ended, then those cut off at the limit."""
+    lengths = list(range(max_new_tokens)) + [max_new_tokens]
+    return [" ".join(words) for length in lengths for words in itertools.product(TOY_WORDS, repeat=length)]
+
+
+def exact_world(task, args):
+    """What only the toy can know: for each prompt and every response log π_ref, log F, log π_bon, (P, S), and r, (S,)."""
+    prompts = [task.tokenizer.encode(p) for p in sorted(set(task.train_prompts), key=task.train_prompts.index)]
+    responses = enumerate_responses(args.max_new_tokens)
+    rewards = torch.tensor(task.score(None, responses), dtype=torch.double)
+    log_ref = torch.stack([enumerate_log_p(task.ref, p, args) for p in prompts])
+    ascending = rewards.argsort(stable=True)  # by (reward, place in the enumeration): a total order (App. C)
+    mass = log_ref.exp()[:, ascending]
+    F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
+    log_F = F.clamp(min=0).log()
+    return {"prompts": prompts, "responses": responses, "rewards": rewards, "log_ref": log_ref, "log_F": log_F,
+            "log_bon": log_bon_pmf(log_F, log_ref, args.N)}
+
+
+def exact_metrics(log_pi, world):
+    """The exact distances, reward and win rate of a distribution log_pi (P, S) over all responses, averaged over prompts."""
+    pi, ref = log_pi.exp(), world["log_ref"].exp()
+    return {
+        "exact/kl_to_bon": (pi * (log_pi - world["log_bon"])).nansum(1).mean().item(),
+        "exact/kl_to_ref": (pi * (log_pi - world["log_ref"])).nansum(1).mean().item(),
+        "exact/reward": (pi * world["rewards"]).sum(1).mean().item(),
+        "exact/win_rate": (pi * (world["log_F"].exp() + ref / 2)).sum(1).mean().item(),  # a tie counts half
+    }
+
+
+# --- imdb, and your own models and prompts ----------------------------------------------------------------------------
+
+
+def load(what, loader, name, **kwargs):
+    """from_pretrained, with its many ways to fail told in one line."""
+    try:
+        return loader.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {what} {name!r}: {reason} Pass --{what} FOLDER to use a local one.") from None
+
+
+def imdb_task(args, device):
+    """π_ref, a sentiment classifier as the reward, and the first 2–8 tokens of reviews as prompts (§5; any pieces do)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load("ref", AutoTokenizer, args.ref)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of --ref {args.ref} has no EOS token, so no response could end: set its eos_token")
+    ref = load("ref", AutoModelForCausalLM, args.ref, dtype=torch.float32).to(device).eval()
+    classifier_tokenizer = load("reward", AutoTokenizer, args.reward)
+    classifier = load("reward", AutoModelForSequenceClassification, args.reward, dtype=torch.float32).to(device).eval()
+    if classifier.config.num_labels not in (1, 2):
+        raise UserError(f"--reward {args.reward} has {classifier.config.num_labels} labels; a reward needs 1 logit, or 2 labels")
+    rng = random.Random(args.data_seed)
+    train, test = read_prompts(args, tokenizer, rng)
+    context = getattr(ref.config, "max_position_embeddings", None) or math.inf
+    for prompt in train + test:
+        length = len(tokenizer(prompt)["input_ids"])
+        if length == 0:
+            raise UserError("--dataset has an empty prompt, and there is no token to start from: remove it")
+        if length + args.max_new_tokens > context:
+            raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's context of "
+                            f"{context}: {prompt[:60]!r}…")
+    return Task(ref, tokenizer, lambda prompts, responses: classifier_rewards(
+        classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)]), train, test, fingerprint(classifier))
+
+
+def read_prompts(args, tokenizer, rng):
+    """--dataset's training and test prompts. Without a test split the last tenth is held out for testing."""
+    if args.dataset.endswith((".jsonl", ".json")):
+        if not os.path.exists(args.dataset):
+            raise UserError(f"--dataset {args.dataset}: no such file")
+        rows = []
+        with open(args.dataset, encoding="utf-8") as file:
+            for i, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    rows.append({key: row[key] for key in ("prompt", "text") if isinstance(row.get(key), str)})
+                    assert rows[-1]
+                except (ValueError, AttributeError, AssertionError):
+                    raise UserError(f"--dataset {args.dataset}, line {i}: not a JSON object with a string `prompt` (or `text`)") from None
+        splits = {"train": rows}
+    else:
+        import datasets
+        datasets.disable_progress_bars()
+        try:
+            splits = datasets.load_dataset(args.dataset)
+        except Exception as error:  # datasets raises a dozen unrelated types here
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"cannot load dataset {args.dataset!r}: {reason}. Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
+        if "train" not in splits:
+            raise UserError(f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
+    train = splits["train"]
+    if len(train) < 2:
+        raise UserError(f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
+    if "test" in splits:
+        test = splits["test"]
+        train_rows, test_rows = range(len(train)), range(len(test))
+    else:
+        held_out = max(1, len(train) // 10)
+        test, train_rows, test_rows = train, range(len(train) - held_out), range(len(train) - held_out, len(train))
+
+    def draw(rows, indices, number):
+        prompts = []
+        for i in rng.sample(indices, len(indices)):
+            if len(prompts) == number:
+                break
+            row = rows[i]
+            if "prompt" in row:
+                prompts.append(row["prompt"])
+            elif "text" in row:
+                ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
+                prompt = tokenizer.decode(ids)
+                # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
+                if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids:
+                    prompts.append(prompt)
+            else:
+                raise UserError(f"--dataset {args.dataset} has neither a `prompt` nor a `text` field, only {', '.join(row)}")
+        if not prompts:
+            raise UserError(f"--dataset {args.dataset} gave no prompt")
+        return prompts
+
+    return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
+
+
+@torch.no_grad()
+def classifier_rewards(model, tokenizer, texts, batch=128):
+    """r(text) for each text: a single logit as it is, or the probability of the positive one of two labels."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token, model.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    labels = {str(name).upper()[:3]: i for i, name in model.config.id2label.items()}
+    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
+    rewards = torch.empty(len(texts))
+    for start in range(0, len(texts), batch):
+        rows = by_length[start:start + batch]
+        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, max_length=longest)
+        logits = model(**inputs.to(model.device)).logits.float().cpu()
+        rewards[rows] = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, labels.get("POS", 1)]
+    return rewards.tolist()
+
+
+# ======================================================================================================================
+# 4. Sampling: hand-written decoding with a KV cache
+# ======================================================================================================================
+
+
+def pad(rows, value, side, device="cpu"):
+    """Lists of token ids -> ids (B, T) padded on the given side, mask (B, T) of what is not padding."""
+    T = max(map(len, rows))
+    ids, mask = torch.full((len(rows), T), value), torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row), True
+    return ids.to(device), mask.to(device)
+
+
+def forward(lm, ids, mask, keep, cache=None):
+    """Logits (B, keep, V) and last hidden states (B, keep, H) at the last `keep` positions of ids (B, T).
+
+    mask (B, cached + T) is false on padding; with a cache, ids are only the tokens that it does not hold yet. Prompt
+    positions that no loss needs never pass through the LM head, whose V logits would dwarf everything else in memory.
+    """
+    hidden = []
+    head = lm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    try:
+        logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
+                    use_cache=cache is not None, logits_to_keep=keep).logits
+    finally:
+        head.remove()
+    return logits.float(), hidden[0].float()
+
+
+def sample_tokens(logits, uniforms):
+    """One token per row by inverting the CDF at a uniform number: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
+
+    A single exponential per logit gives both the token and the normalizer of its log-probability; softmax followed by
+    `torch.multinomial`, which draws V random numbers per row, takes about four times as long.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    cdf = (logits - peak).exp_().cumsum(-1)
+    total = cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, uniforms.unsqueeze(1) * total, right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens.squeeze(1), (logits.gather(1, tokens) - peak - total.log()).squeeze(1)
+
+
+@torch.no_grad()
+def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
+    """Samples B = P·copies responses, `copies` to each of P prompts, and what training needs to know about them.
+
+    prompts: P lists of token ids. uniforms (B, T): the random number behind each token, rows grouped by prompt; so a
+    response depends on its own row alone, whatever else is in the batch and whenever that finishes.
+    Returns tokens (B, T), mask (B, T) true up to and including EOS, log-probs and values (B, T), zero after it.
+    Each prompt is read once and its cache shared out; rows leave the batch as soon as they end.
+    """
+    from transformers import DynamicCache
+    device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
+    ids, mask = pad(prompts, eos, "left", device)
+    cache = DynamicCache(config=lm.config)
+    logits, hidden = forward(lm, ids, mask, 1, cache)
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        mask, logits, hidden = (x.repeat_interleave(copies, 0) for x in (mask, logits, hidden))
+    tokens = torch.full((B, T), eos, device=device)
+    done = torch.zeros(B, T, dtype=torch.bool, device=device)
+    log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
+    rows = torch.arange(B, device=device)  # which responses are still growing
+    for t in range(T):
+        token, log_prob = sample_tokens(logits[:, -1] / temperature, uniforms[rows, t])
+        tokens[rows, t], log_probs[rows, t], done[rows, t] = token, log_prob, True
+        if value_head is not None:
+            values[rows, t] = value_head(hidden[:, -1]).squeeze(-1)
+        if t + 1 == T:
+            break
+        alive = (token != eos).nonzero().squeeze(1)
+        if len(alive) < len(rows):
+            if len(alive) == 0:
+                break
+            cache.batch_select_indices(alive)
+            rows, token, mask = rows[alive], token[alive], mask[alive]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits, hidden = forward(lm, token.unsqueeze(1), mask, 1, cache)
+    return tokens, done, log_probs, values
+
+
+# ======================================================================================================================
+# 5. log F: the M samples of π_ref, drawn once, kept on disk
+# ======================================================================================================================
+
+
+def fingerprint(model):
+    """A short hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def reference_rewards(task, args, device):
+    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt.
+
+    Returns {(split, prompt): (M,) float64}. They stand in a JSONL file: a header that says what made them, then lines
+    {"split", "prompt", "start", "responses", "rewards"}. A second run reads them; one with a larger M, or more prompts,
+    or one that was killed, adds what is missing. The samples of a prompt depend on --data-seed and the prompt alone.
+    """
+    header = {"vbon_samples": 1, "task": args.task, "ref": fingerprint(task.ref),
+              "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
+              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "data_seed": args.data_seed}
+    path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
+    rewards = read_samples(path, header)
+    wanted = [("train", p, args.M) for p in dict.fromkeys(task.train_prompts)]
+    wanted += [("test", p, args.test_M) for p in dict.fromkeys(task.test_prompts)]
+    have = {key: len(values) for key, values in rewards.items()}
+    todo = [(split, p, M) for split, p, M in wanted if have.get((split, p), 0) < M]
+    if not todo:
+        print(f"π_ref's samples: read from {path}")
+    else:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with tqdm(total=sum(M - have.get((split, p), 0) for split, p, M in todo), desc=f"π_ref's samples -> {path}", unit="") as bar:
+            for split, prompt, M in todo:
+                start = have.get((split, prompt), 0)
+                responses = sample_reference(task, args, device, split, prompt, start, M)
+                new = checked_scores(task, [prompt] * len(responses), responses)
+                line = {"split": split, "prompt": prompt, "start": start, "responses": responses, "rewards": new}
+                with open(path, "a", encoding="utf-8") as file:
+                    if file.tell() == 0:
+                        file.write(json.dumps(header) + "\n")
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                rewards.setdefault((split, prompt), []).extend(new)
+                bar.update(M - start)
+    return {(split, p): torch.tensor(rewards[split, p][:M], dtype=torch.double) for split, p, M in wanted}
+
+
+def sample_reference(task, args, device, split, prompt, start, M, batch=512):
+    """Responses number start … M−1 of π_ref to one prompt, as texts."""
+    seed = int.from_bytes(hashlib.sha256(f"{args.data_seed} {split} {prompt}".encode()).digest()[:8], "big")
+    uniforms = np.random.default_rng(seed).random((M, args.max_new_tokens), dtype=np.float32)[start:]
+    texts = []
+    for rows in torch.from_numpy(uniforms).split(batch):
+        with autocast(args, device):
+            tokens, mask, _, _ = generate(task.ref, [task.tokenizer(prompt)["input_ids"]], rows.to(device),
+                                          task.tokenizer.eos_token_id, args.temperature)
+        texts += decode(task.tokenizer, tokens, mask)
+    return texts
+
+
+def decode(tokenizer, tokens, mask):
+    """Responses as texts, without EOS."""
+    return [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(tokens.cpu(), mask.cpu())]
+
+
+def checked_scores(task, prompts, responses):
+    """The rewards, all finite; else the response that has none is named."""
+    scores = task.score(prompts, responses)
+    for prompt, response, score in zip(prompts, responses, scores):
+        if not math.isfinite(score):
+            raise UserError(f"the reward model gave {score} for the prompt {prompt!r} with the response {response!r}")
+    return scores
+
+
+def read_samples(path, header):
+    """{(split, prompt): list of rewards} from a file of samples; empty if there is none yet.
+
+    Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
+    line break was being written when a run was killed: it is cut off and drawn again.
+    """
+    if not os.path.exists(path):
+        return {}
+    with open(path, "rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+    lines, rewards = content[:whole].splitlines(), {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if number == 1:
+                for key, value in header.items():
+                    if entry.get(key) != value:
+                        raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
+                                        "pass another file with --samples, or remove it")
+                continue
+            values = rewards.setdefault((entry["split"], entry["prompt"]), [])
+            if entry["start"] != len(values) or len(entry["responses"]) != len(entry["rewards"]) \
+                    or not all(isinstance(r, float) and math.isfinite(r) for r in entry["rewards"]):
+                raise ValueError
+            values += entry["rewards"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
+    return rewards
+
+
+def autocast(args, device):
+    """bfloat16 arithmetic where --dtype asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# ======================================================================================================================
+# 6. PPO
+# ======================================================================================================================
+
+
+def masked_mean(x, mask):
+    """The mean of x over the tokens where mask is true."""
+    return (x * mask).sum() / mask.sum()
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation (Schulman et al. 2016). All (B, T); mask true on response tokens, false after.
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1}; beyond the last token V and A are zero.
+    Returns advantages and returns A + V, both (B, T), zero where the mask is false.
+    """
+    mask = mask.to(values.dtype)
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] * mask[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def whiten(advantages, mask):
+    """Shifted and scaled to mean 0 and variance 1 over the masked tokens; zero elsewhere."""
+    centred = advantages - masked_mean(advantages, mask)
+    return centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8) * mask
+
+
+def policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
+    """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old, averaged over tokens. All (B, T)."""
+    ratio = torch.exp((log_probs - old_log_probs) * mask)
+    return masked_mean(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), averaged over tokens. All (B, T)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def token_log_probs(logits, tokens, temperature=1.0):
+    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T). Makes no B×T×V copy but the scaling."""
+    logits = logits if temperature == 1.0 else logits / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def make_policy(ref, unfrozen_layers):
+    """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
+
+    With K = unfrozen_layers ≥ 1 only the top K transformer layers and the final norm are trained; every other tensor is
+    frozen and shared with π_ref, not copied: the two models have one trunk. Raises UserError if there are fewer layers.
+    """
+    ref.requires_grad_(False)
+    owner, name = transformer_layers(ref)
+    layers = getattr(owner, name)
+    if unfrozen_layers != -1 and not 1 <= unfrozen_layers <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen_layers}: the model has {len(layers)} layers (−1 trains all)")
+    if unfrozen_layers == -1:
+        policy = copy.deepcopy(ref).requires_grad_(True)
+    else:
+        children = list(owner.children())
+        final_norm = children[children.index(layers) + 1:]  # whatever stands behind the layers
+        trained = {id(p) for m in [*layers[-unfrozen_layers:], *final_norm] for p in m.parameters()}
+        shared = {id(p): p for p in ref.parameters() if id(p) not in trained}
+        policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo says is copied already
+        for p in policy.parameters():
+            p.requires_grad_(id(p) not in shared)
+    width = ref.get_output_embeddings().weight.shape[1]
+    value_head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
+    return policy, value_head.to(next(ref.parameters()).device)
+
+
+def transformer_layers(lm):
+    """The module and the attribute that hold the list of transformer layers, in any architecture."""
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == lm.config.num_hidden_layers:
+                return module, name
+    raise UserError(f"cannot find the transformer layers of {type(lm).__name__}: pass --unfrozen-layers -1")
+
+
+@contextmanager
+def trunk_output(lm, K):
+    """While in force, `forward` also stores what enters the top K layers in the list that is yielded."""
+    owner, name = transformer_layers(lm)
+    layers, stored = getattr(owner, name), []
+    hook = layers[-K].register_forward_pre_hook(lambda _, inputs: stored.append(inputs[0].detach()))
+    try:
+        yield stored
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def top_layers(lm, K, trunk):
+    """While in force, `forward` runs only the top K layers of lm, on stored trunk activations.
+
+    The frozen trunk gives the same activations in each of PPO's epochs and to π_ref, so it is run once per phase. The
+    model's own code still makes masks and positions; just its list of layers is cut short and fed by the hook.
+    """
+    owner, name = transformer_layers(lm)
+    layers = getattr(owner, name)
+    setattr(owner, name, layers[-K:])
+    hook = layers[-K].register_forward_pre_hook(lambda _, inputs: (trunk, *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        setattr(owner, name, layers)
+
+
+def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, args, generator):
+    """One phase of PPO: a response to each of the B prompts, their rewards, and ppo_epochs of clipped updates.
+
+    ref_rewards: (B, M), what estimates F for each prompt. Returns the phase's metrics.
+    """
+    device, B, T, K = generator.device, len(prompts), args.max_new_tokens, args.unfrozen_layers
+    clock, metrics = [time.perf_counter()], {}
+
+    # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
+    prompt_ids = [task.tokenizer(p)["input_ids"] for p in prompts]
+    uniforms = torch.rand(B, T, generator=generator, device=device)
+    with autocast(args, device):
+        tokens, mask, old_log_probs, old_values = generate(policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
+    responses = decode(task.tokenizer, tokens, mask)
+    clock.append(time.perf_counter())
+
+    # π_ref's log-probs of the same tokens. Where the trunk is shared, its activations are kept for the updates.
+    left, left_mask = pad(prompt_ids, task.tokenizer.eos_token_id, "left", device)
+    ids, ids_mask = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1)
+    ref_log_probs, trunk = torch.empty_like(old_log_probs), []
+    with torch.no_grad(), autocast(args, device):
+        for rows in torch.arange(B, device=device).split(args.minibatch):
+            with trunk_output(ref, max(K, 1)) as stored:
+                logits, _ = forward(ref, ids[rows], ids_mask[rows], T + 1)
+            ref_log_probs[rows] = token_log_probs(logits[:, :-1], tokens[rows], args.temperature) * mask[rows]
+            trunk += stored if K > 0 else []
+    trunk = torch.cat(trunk) if trunk else None
+
+    # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
+    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
+    log_p, log_F = ref_log_probs.double().sum(1).cpu(), estimate_log_F(scores, ref_rewards, args.estimator)
+    if args.objective == "rlhf":
+        terminal, kl_coef = scores, args.beta
+    else:
+        terminal, kl_coef = vbon_reward(log_F, log_p, args.N, args.objective), 1 / args.N
+    terminal = terminal.clamp(-args.reward_clip, args.reward_clip).to(old_values)
+    log_ratio = old_log_probs - ref_log_probs
+    rewards = -kl_coef * log_ratio
+    rewards[torch.arange(B), mask.sum(1) - 1] += terminal
+    advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+    advantages = whiten(advantages, mask)
+    clock.append(time.perf_counter())
+
+    # Updates.
+    losses = []
+    for _ in range(args.ppo_epochs):
+        for rows in torch.randperm(B, generator=generator, device=device).split(args.minibatch):
+            with autocast(args, device):
+                if trunk is None:
+                    logits, hidden = forward(policy, ids[rows], ids_mask[rows], T + 1)
+                else:
+                    with top_layers(policy, K, trunk[rows]):
+                        logits, hidden = forward(policy, ids[rows], ids_mask[rows], T + 1)
+                values = value_head(hidden[:, :-1]).squeeze(-1).float()
+            log_probs = token_log_probs(logits[:, :-1], tokens[rows], args.temperature)
+            pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
+            vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
+            optimizer.zero_grad()
+            (pg + args.value_coef * vf).backward()
+            optimizer.step()
+            with torch.no_grad():
+                step = (log_probs - old_log_probs[rows]) * mask[rows]
+                losses.append(torch.stack([pg, vf, masked_mean(torch.expm1(step) - step, mask[rows]),
+                                           masked_mean(((step.exp() - 1).abs() > args.clip).float(), mask[rows])]))
+    clock.append(time.perf_counter())
+
+    residual = masked_mean((returns - old_values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
+    finite = log_F[log_F.isfinite()]
+    return {
+        "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
+        "objective/log_F": finite.mean().item() if len(finite) else None, "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
+        "objective/entropy": -old_log_probs.sum(1).mean().item(), "objective/length": mask.sum(1).double().mean().item(),
+        "ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
+        "ppo/explained_variance": 1 - residual.item(), "ppo/lr": optimizer.param_groups[0]["lr"],
+        "time/rollout": clock[1] - clock[0], "time/score": clock[2] - clock[1], "time/update": clock[3] - clock[2],
+        "time/episodes_per_second": B / (clock[3] - clock[0]),
+    }
+
+
+# ======================================================================================================================
+# 7. Training and evaluation
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def evaluate(policy, task, ref_rewards, args, device):
+    """One response of π_θ to each test prompt: mean reward, win rate against π_ref (ties count half) and KL(π_θ ‖ π_ref).
+
+    The KL is summed over the vocabulary at every token of the response, (Σ_t KL of the next-token distributions), which has
+    the mean of the sampled log-ratio and far less variance. Each figure has its standard error over prompts; π_ref's own
+    and Best-of-N's stand beside them, from the test_M stored samples. Returns metrics and the samples.
+    """
+    generator = torch.Generator(device).manual_seed(args.seed)
+    eos, T = task.tokenizer.eos_token_id, args.max_new_tokens
+    responses, kls = [], []
+    for start in range(0, len(task.test_prompts), args.minibatch):
+        prompt_ids = [task.tokenizer(p)["input_ids"] for p in task.test_prompts[start:start + args.minibatch]]
+        with autocast(args, device):
+            tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompt_ids), T, generator=generator, device=device),
+                                          eos, args.temperature)
+            left, left_mask = pad(prompt_ids, eos, "left", device)
+            inputs = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1), T + 1
+            log_pi, log_ref = (forward(lm, *inputs)[0][:, :-1].div(args.temperature).log_softmax(-1) for lm in (policy, task.ref))
+        kls += (torch.sum(log_pi.exp() * (log_pi - log_ref), -1) * mask).sum(1).tolist()
+        responses += decode(task.tokenizer, tokens, mask)
+    scores = checked_scores(task, task.test_prompts, responses)
+    r, ref = torch.tensor(scores, dtype=torch.double).unsqueeze(1), torch.stack([ref_rewards["test", p] for p in task.test_prompts])
+    figures = {"reward": r.squeeze(1), "win_rate": ((r > ref).double() + 0.5 * (r == ref)).mean(1),
+               "kl_to_ref": torch.tensor(kls, dtype=torch.double), "ref/reward": ref.mean(1)}
+    if args.N == int(args.N) and args.N <= ref.shape[1]:
+        groups = ref.shape[1] // args.N
+        figures["bon/reward"] = ref[:, :groups * args.N].view(-1, groups, args.N).amax(-1).mean(1)
+    metrics = {}
+    for name, x in figures.items():
+        metrics[name], metrics[name + "_se"] = x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+    samples = [{"prompt": p, "response": y, "reward": s, "kl_to_ref": k, "ref_reward": f}
+               for p, y, s, k, f in zip(task.test_prompts, responses, scores, kls, ref.mean(1).tolist())]
+    return metrics, samples
+
+
+def write_whole(path, text):
+    """Writes a file under a temporary name, then renames: it is there whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def save_policy(policy, tokenizer, folder):
+    """A plain Hugging Face folder, which from_pretrained and vLLM load."""
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    policy.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(folder + ".tmp", folder)
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def exact_row(name, exact):
+    return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
+            f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
+
+
+def show_responses(title, world, log_pi, args):
+    """A few responses to each toy prompt, drawn from a distribution over all of them."""
+    generator = torch.Generator().manual_seed(args.seed)
+    print(f"\n{title}")
+    for prompt, row in zip(world["prompt_texts"], log_pi):
+        picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
+        print(f"  {prompt:<16} " + "  ·  ".join(f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks))
+
+
+def train(args):
+    """The whole run (Algorithm 1). Returns what it writes to result.json."""
+    device = pick_device(args.device)
+    start_time = time.perf_counter()
+    task = (toy_task if args.task == "toy" else imdb_task)(args, device)
+    torch.manual_seed(args.seed)
+    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
+    print(f"{args.task}: {sum(p.numel() for p in task.ref.parameters()):,} parameters on {device}, "
+          f"{len(task.train_prompts)} training and {len(task.test_prompts)} test prompts")
+    ref_rewards = reference_rewards(task, args, device)
+
+    # From here on the input is known to be good: the run's folder is made.
+    os.makedirs(args.out, exist_ok=True)
+    for name in ("metrics.jsonl", "result.json", "samples.jsonl"):
+        if os.path.exists(f"{args.out}/{name}"):
+            os.remove(f"{args.out}/{name}")
+    write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
+
+    world, exact = None, {}
+    if args.task == "toy":
+        world = exact_world(task, args)
+
+        def policy_log_p():
+            return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
+        print(f"toy: all {len(world['responses']):,} responses to each of {len(world['prompts'])} prompts enumerated, "
+              f"{time.perf_counter() - start_time:.0f} s\n\n  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
+        print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
+        print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
+
+    phases = args.episodes // args.rollouts
+    trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay)
+    generator, order = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
+    queue = []
+    with open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log, tqdm(total=phases * args.rollouts, desc="PPO", unit="ep") as bar:
+        for phase in range(phases):
+            while len(queue) < args.rollouts:  # every prompt once before any comes twice
+                queue += order.sample(task.train_prompts, len(task.train_prompts))
+            prompts, queue = queue[:args.rollouts], queue[args.rollouts:]
+            if args.lr_schedule == "linear":
+                optimizer.param_groups[0]["lr"] = args.lr * (1 - phase / phases)
+            metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
+                policy, value_head, task.ref, optimizer, task, prompts, torch.stack([ref_rewards["train", p] for p in prompts]), args, generator)
+            if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
+                exact = exact_metrics(policy_log_p(), world)
+                metrics |= exact
+                if (phase + 1) % (args.eval_every * max(1, phases // args.eval_every // 6)) == 0 or phase == phases - 1:
+                    tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}", "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
+            bar.update(args.rollouts)
+
+    result, samples = evaluate(policy, task, ref_rewards, args, device)
+    result = {"task": args.task, "objective": args.objective, "N": args.N, "beta": args.beta, "M": args.M, "seed": args.seed,
+              "episodes": phases * args.rollouts, "seconds": round(time.perf_counter() - start_time, 1)} | result | exact
+    save_policy(policy, task.tokenizer, f"{args.out}/policy")
+    write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")  # last: it marks the run as finished
+
+    if world:
+        world["prompt_texts"] = [task.tokenizer.decode(p) for p in world["prompts"]]
+        show_responses("before: π_ref (reward)", world, world["log_ref"], args)
+        show_responses("after: π_θ, one sample each", world, policy_log_p(), args)
+        show_responses(f"the real Best-of-{args.N}", world, world["log_bon"], args)
+    else:
+        for s in samples[:4]:
+            print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
+    print(f"\ntest: reward {result['reward']:.3f} ± {result['reward_se'] or 0:.3f} (π_ref {result['ref/reward']:.3f}"
+          + (f", Best-of-{args.N} {result['bon/reward']:.3f}" if "bon/reward" in result else "")
+          + f"), win rate over π_ref {100 * result['win_rate']:.1f} % ± {100 * (result['win_rate_se'] or 0):.1f} (Best-of-{args.N} {100 * bon_win_rate(args.N):.1f} %), "
+          f"KL to π_ref {result['kl_to_ref']:.2f} ± {result['kl_to_ref_se'] or 0:.2f} nats (Best-of-{args.N} ≤ {bon_kl(args.N):.2f})\n"
+          f"{args.out}: config.json, metrics.jsonl, samples.jsonl, result.json, policy/   [{result['seconds']:.0f} s]")
+    return result
+
+
+def main(argv=None):
+    try:
+        train(parse_args(argv))
+    except UserError as error:
+        print(f"vbon.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
