@@ -1,0 +1,672 @@
+"""Tests of vbon.py and evaluate.py:  python -m pytest test_vbon.py
+
+The mathematics is held against brute force, 50-digit arithmetic and simulation; the training code against the library's
+forward passes and hand-worked cases; the command line as a user would call it, offline, on small models made here.
+"""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import vbon
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"
+DEVICE = torch.device("cpu")
+
+
+def random_world(S, seed, concentration=1.0):
+    """p (S,) sorted by ascending reward, F (S,) its strict CDF."""
+    p = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(S, concentration)))
+    return p, (p.cumsum(0) - p).clamp(min=0)
+
+
+# --- the PMF ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 5])
+def test_pmf_is_the_frequency_of_all_N_tuples(N):
+    p, F = random_world(5, N)
+    expected = torch.zeros(5, dtype=torch.double)
+    for draws in itertools.product(range(5), repeat=N):
+        expected[max(draws)] += math.prod(p[i].item() for i in draws)
+    torch.testing.assert_close(vbon.log_bon_pmf(F.log(), p.log(), N).exp(), expected, rtol=1e-12, atol=1e-14)
+
+
+def exact_log_pmf(log_F, log_p, N):
+    with mpmath.workdps(60):
+        F, p, N = mpmath.exp(mpmath.mpf(log_F)) if log_F > -math.inf else mpmath.mpf(0), mpmath.exp(mpmath.mpf(log_p)), mpmath.mpf(N)
+        if F == 0:
+            return N * mpmath.mpf(log_p)
+        return N * mpmath.log(F + p) + mpmath.log(-mpmath.expm1(N * mpmath.log1p(-p / (F + p))))
+
+
+def pmf_cases():
+    rng = np.random.default_rng(0)
+    for N in (1, 1.5, 2, 16, 1000, 1e6):
+        for log_p in (0.0, -1e-9, -0.5, -30.0, -599.0, -601.0, -800.0, -1e4):
+            for log_F in (-math.inf, -1e4, -750.0, -7.0, -0.6931, -1e-3, -1e-12, 0.0):
+                yield log_F, log_p, N
+    for _ in range(1500):  # F + p near 1, where N log(F+p) is a large number times a small one
+        F = rng.uniform(0.001, 0.999)
+        yield math.log(F), math.log((1 - F) * (1 - rng.random() * 10.0 ** rng.uniform(-9, 0))), float(10 ** rng.uniform(0, 6))
+
+
+def test_pmf_agrees_with_50_digit_arithmetic():
+    for log_F, log_p, N in pmf_cases():
+        value = vbon.log_bon_pmf(torch.tensor(log_F, dtype=torch.double), torch.tensor(log_p, dtype=torch.double), N).item()
+        expected = exact_log_pmf(log_F, log_p, N)
+        assert abs(value - expected) <= 1e-10 * max(1, abs(expected)), (log_F, log_p, N, value, float(expected))
+
+
+def test_pmf_gradients_are_right_and_finite_where_the_value_is():
+    for log_F, log_p, N in itertools.islice(pmf_cases(), 0, 384):
+        x = torch.tensor([log_F, log_p], dtype=torch.double, requires_grad=True)
+        value = vbon.log_bon_pmf(x[0], x[1], N)
+        value.backward()
+        assert value.isfinite() and x.grad.isfinite().all(), (log_F, log_p, N, x.grad)
+    inputs = [torch.tensor([-1.2, -0.3, -5.0], dtype=torch.double, requires_grad=True),
+              torch.tensor([-0.9, -2.0, -3.0], dtype=torch.double, requires_grad=True)]
+    assert torch.autograd.gradcheck(lambda a, b: vbon.log_bon_pmf(a, b, 7.5), inputs)
+
+
+def test_pmf_has_no_nan_and_keeps_its_dtype():
+    inf = math.inf
+    values = vbon.log_bon_pmf(torch.tensor([-inf, -inf, -1.0, 0.0]), torch.tensor([-inf, 0.0, -inf, -inf]), 16)
+    assert values.tolist() == [-inf, 0.0, -inf, -inf]
+    assert values.dtype == torch.float32
+    assert vbon.log_bon_pmf(torch.zeros(2, 1).double(), torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])).shape == (2, 3)
+
+
+@pytest.mark.parametrize("N", [1, 2, 16, 512.5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pmf_sums_to_one_with_and_without_ties(N, tied):
+    p, _ = random_world(200, 1, 0.3)
+    rewards = torch.randint(0, 8, (200,)).double() if tied else torch.randn(200).double()
+    order = sorted(range(200), key=lambda i: (rewards[i].item(), i))
+    F = torch.empty(200, dtype=torch.double)
+    F[order] = p[order].cumsum(0) - p[order]
+    log_pmf = vbon.log_bon_pmf(F.clamp(min=0).log(), p.log(), N)
+    assert abs(log_pmf.exp().sum().item() - 1) < 1e-12
+    if N == 1:
+        torch.testing.assert_close(log_pmf, p.log(), rtol=1e-12, atol=1e-12)
+
+
+def test_pmf_is_what_best_of_N_does():
+    p, F = random_world(12, 3)
+    N, draws = 8, 100_000
+    best = np.random.default_rng(0).choice(12, size=(draws, N), p=p.numpy()).max(1)
+    frequency = np.bincount(best, minlength=12) / draws
+    expected = vbon.log_bon_pmf(F.log(), p.log(), N).exp().numpy()
+    assert np.all(np.abs(frequency - expected) < 4.5 * np.sqrt(expected * (1 - expected) / draws) + 1e-6)
+
+
+def test_closed_forms_of_kl_and_win_rate():
+    S, N = 100_000, 16
+    p = torch.full((S,), 1 / S, dtype=torch.double)
+    F = torch.arange(S).double() / S
+    log_bon = vbon.log_bon_pmf(F.log(), p.log(), N)
+    assert (log_bon.exp() * (log_bon - p.log())).sum().item() == pytest.approx(vbon.bon_kl(N), abs=1e-3)
+    assert (log_bon.exp() * (F + p / 2)).sum().item() == pytest.approx(vbon.bon_win_rate(N), abs=1e-4)
+    p, F = random_world(20, 5)  # with responses that have mass the KL is an upper bound
+    log_bon = vbon.log_bon_pmf(F.log(), p.log(), N)
+    assert (log_bon.exp() * (log_bon - p.log())).sum().item() < vbon.bon_kl(N)
+
+
+def test_objectives_are_ordered_and_their_rewards_are_the_objectives():
+    """J ≥ L ≥ L1 (Thm. 2–4), each both from its definition and as E[reward] − KL/N times N."""
+    for seed in range(20):
+        p, F = random_world(30, seed)
+        F = F.clamp(min=1e-9)  # log F = −inf makes every bound −inf
+        pi, _ = random_world(30, 100 + seed)
+        kl, entropy = (pi * (pi / p).log()).sum(), -(pi * pi.log()).sum()
+        for N in (2, 16, 100):
+            alpha, beta, gamma = (N + 2) * (N - 1) / 2, N * (N + 1) / 2, N * (N - 1) / 2
+            J = (pi * vbon.log_bon_pmf(F.log(), p.log(), N)).sum() + entropy
+            L = (N - 1) * (pi * F.log()).sum() - kl
+            L1 = gamma * (pi * F.log()).sum() - alpha * entropy - beta * kl
+            assert J >= L - 1e-9 and L >= L1 - 1e-9
+            for objective, value in (("vbon", J), ("bound", L), ("bound1", L1)):
+                reward = vbon.vbon_reward(F.log(), p.log(), N, objective)
+                torch.testing.assert_close(N * (pi * reward).sum() - kl, value, rtol=1e-9, atol=1e-9)
+
+
+def test_rewards_vanish_at_N_1():
+    log_F, log_p = torch.tensor([-math.inf, -1.0]).double(), torch.tensor([-3.0, -2.0]).double()
+    for objective in ("vbon", "bound", "bound1"):
+        torch.testing.assert_close(vbon.vbon_reward(log_F, log_p, 1, objective), torch.zeros(2).double(), atol=1e-12, rtol=0)
+
+
+# --- log F ------------------------------------------------------------------------------------------------------------
+
+
+def test_estimators_on_counts_done_by_hand():
+    ref, rewards = torch.tensor([[1.0, 2.0, 2.0, 5.0]] * 4), torch.tensor([0.0, 2.0, 3.0, 9.0])  # k = 0, 1, 3, 4
+    log_mean = vbon.estimate_log_F(rewards, ref, "log_mean")
+    torch.testing.assert_close(log_mean.exp(), torch.tensor([0, 0.25, 0.75, 1]).double())
+    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref).exp(), torch.tensor([1, 2, 4, 5]).double() / 5)
+    harmonic = [0, 1, 1.5, 1.5 + 1 / 3, 1.5 + 1 / 3 + 1 / 4, 1.5 + 1 / 3 + 1 / 4 + 1 / 5]  # ψ(k+1) − ψ(M+2) = H_k − H_{M+1}
+    expected = torch.tensor([harmonic[k] - harmonic[5] for k in (0, 1, 3, 4)]).double()
+    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref, "posterior"), expected)
+    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref[0], "posterior"), expected)  # one prompt for all
+
+
+def test_ties_are_broken_by_the_total_order():
+    ref, ref_order = torch.tensor([1.0, 2.0, 2.0, 2.0]), torch.tensor([9, 3, 5, 7])
+    log_F = vbon.estimate_log_F(torch.tensor([2.0, 2.0, 1.0]), ref, "log_mean", torch.tensor([6, 3, 0]), ref_order)
+    torch.testing.assert_close(log_F.exp(), torch.tensor([0.75, 0.25, 0.0]).double())
+
+
+@pytest.mark.parametrize("estimator", vbon.ESTIMATORS)
+def test_only_ranks_matter(estimator):
+    rewards, ref = torch.randn(50, dtype=torch.double), torch.randn(50, 40, dtype=torch.double)
+    ref[:, 0] = rewards
+    before = vbon.estimate_log_F(rewards, ref, estimator)
+    for increasing in (torch.exp, lambda r: 3 * r - 7, lambda r: r ** 3, torch.atan):
+        assert torch.equal(vbon.estimate_log_F(increasing(rewards), increasing(ref), estimator), before)
+
+
+def test_estimators_bias():
+    """y ~ π_ref, so F is uniform and E[log F] = −1; and at a fixed F, where Jensen pushes the log of the mean down."""
+    generator = torch.Generator().manual_seed(0)
+    M, n = 20, 200_000
+    F, ref = torch.rand(n, generator=generator).double(), torch.rand(n, M, generator=generator).double()
+    error = vbon.estimate_log_F(F, ref, "posterior") - F.log()
+    assert abs(error.mean().item()) < 4 * error.std().item() / math.sqrt(n)
+    bias = (vbon.estimate_log_F(F, ref, "add_one") - F.log()).mean().item()
+    exact = sum(math.log((k + 1) / (M + 1)) for k in range(M + 1)) / (M + 1) + 1  # k is uniform on 0 … M
+    assert bias == pytest.approx(exact, abs=4 * error.std().item() / math.sqrt(n)) and bias > 0.02
+    half = vbon.estimate_log_F(torch.full((n,), 0.5), ref, "log_mean")
+    assert half.mean().item() - math.log(0.5) == pytest.approx(-1 / (2 * M), abs=0.005)  # delta method: −(1−F)/(2FM)
+
+
+@pytest.mark.parametrize("N, M", [(16, 200), (64, 600)])
+def test_floor_of_kl_with_M_samples(N, M):
+    """The exact optimum of the estimated objective lies (N−1)/(4M) nats from BoN (continuous reward, u = F uniform).
+
+    Between two order statistics F̂ is constant, so π̂ ∝ F̂^(N−1) and KL(π̂ ‖ π_bon) are sums of closed-form integrals.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kls = []
+    for _ in range(200):
+        u = torch.cat([torch.zeros(1), torch.rand(M, generator=generator).sort().values, torch.ones(1)]).double()
+        middle = (u[1:] + u[:-1]) / 2
+        log_w = (N - 1) * vbon.estimate_log_F(middle, u[1:-1])
+        log_w = log_w - torch.log((log_w.exp() * u.diff()).sum())
+        integral = torch.xlogy(u, u) - u  # of log u
+        kl = (log_w.exp() * (log_w * u.diff() - math.log(N) * u.diff() - (N - 1) * integral.diff())).sum()
+        kls.append(kl.item())
+    assert np.mean(kls) == pytest.approx((N - 1) / (4 * M), rel=0.25)
+
+
+def test_exponential_fit_recovers_a_curve_and_is_least_squares():
+    ref = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([[1.0], [0.1], [5], [1]]) + 2
+    a, b = vbon.fit_log_F(ref)
+    assert a.shape == b.shape == (4,) and (a > 0).all() and (b > 0).all()
+    ascending = ref.sort(-1).values
+    target = torch.log(torch.arange(1, 301) / 301).double()
+
+    def error(a, b):
+        return (vbon.smooth_log_F(ascending, a.unsqueeze(1), b.unsqueeze(1)) - target).square().sum(1)
+    for da, db in itertools.product((-1e-3, 0, 1e-3), repeat=2):
+        assert (error(a, b) <= error(a * (1 + da), b * (1 + db)) + 1e-9).all()
+    levels = torch.log(torch.arange(1, 301) / 301).double()
+    exact = -torch.log(-levels / 0.7) / 1.3  # rewards that lie on −0.7 exp(−1.3 r) exactly
+    a, b = vbon.fit_log_F(exact)
+    assert a.item() == pytest.approx(0.7, rel=1e-5) and b.item() == pytest.approx(1.3, rel=1e-5)
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+
+def test_gae_by_hand():
+    """γ = 0.9, λ = 0.5. δ = (1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3) = (1.8, .7, 1); A_2 = 1, A_1 = .7 + .45, A_0 = 1.8 + .45·1.15."""
+    rewards, values = torch.tensor([[1.0, 0.0, 4.0, 99.0]]), torch.tensor([[1.0, 2.0, 3.0, 77.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    advantages, returns = vbon.gae(rewards, values, mask, 0.9, 0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[2.3175, 1.15, 1.0, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
+
+
+def test_losses_are_clipped_and_masked():
+    mask = torch.tensor([[True, True, False]])
+    old, new = torch.zeros(1, 3), torch.log(torch.tensor([[1.5, 0.5, 50.0]]))
+    assert vbon.policy_loss(new, old, torch.tensor([[1.0, 1.0, 9.0]]), mask).item() == pytest.approx(-(1.2 + 0.5) / 2)
+    assert vbon.policy_loss(new, old, torch.tensor([[-1.0, -1.0, 9.0]]), mask).item() == pytest.approx((1.5 + 0.8) / 2)
+    loss = vbon.value_loss(torch.tensor([[1.0, 0.1, 9.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]]), mask)
+    assert loss.item() == pytest.approx((0.5 * 0.8 ** 2 + 0.5 * 0.9 ** 2) / 2)
+
+
+def test_gradients_of_the_losses_against_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    new, old, weights = (torch.randn(3, 4, generator=generator).double() * 0.5 for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    new.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: vbon.policy_loss(x, old, weights, mask), (new,))
+    assert torch.autograd.gradcheck(lambda x: vbon.value_loss(x, old, weights, mask), (new,))
+    vbon.policy_loss(new, old, weights, mask).backward()
+    assert (new.grad[~mask] == 0).all()
+
+
+# --- models: decoding, the shared trunk -------------------------------------------------------------------------------
+
+
+def small_lm(kind="gpt2", seed=0):
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=40, max_position_embeddings=64)
+    lm = {"gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=40, n_positions=64, initializer_range=0.2)),
+          "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, initializer_range=0.2)),
+          "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, initializer_range=0.2))}[kind]()
+    return lm.eval()
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7, 8]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+def test_decoding_equals_the_models_own_forward_pass(kind):
+    """Tokens, log-probs and values of padded, cached, shrinking batches against one unpadded pass per response."""
+    lm, eos, temperature, copies = small_lm(kind), 0, 0.8, 6
+    head = torch.nn.Linear(32, 1)
+    uniforms = torch.rand(len(PROMPTS) * copies, 10, generator=torch.Generator().manual_seed(1))
+    tokens, mask, log_probs, values = vbon.generate(lm, PROMPTS, uniforms, eos, temperature, head)
+    assert 0 < (mask.sum(1) < 10).sum() < len(mask), "some responses should end at EOS and some at the limit"
+    for i in range(len(uniforms)):
+        response = tokens[i][mask[i]].tolist()
+        assert eos not in response[:-1] and (len(response) == 10 or response[-1] == eos)
+        prompt = PROMPTS[i // copies]
+        with torch.no_grad():
+            out = lm(torch.tensor([prompt + response]), output_hidden_states=True)
+        logits = out.logits[0, len(prompt) - 1:-1] / temperature
+        torch.testing.assert_close(log_probs[i][mask[i]], logits.log_softmax(-1)[range(len(response)), response], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(values[i][mask[i]], head(out.hidden_states[-1][0, len(prompt) - 1:-1]).squeeze(-1).detach(), atol=2e-5, rtol=1e-4)
+        cdf = logits.softmax(-1).double().cumsum(-1)
+        for t, token in enumerate(response):
+            assert cdf[t, token] - logits.softmax(-1)[t, token] - 1e-5 <= uniforms[i, t] <= cdf[t, token] + 1e-5
+    assert (log_probs[~mask] == 0).all() and (values[~mask] == 0).all()
+
+
+def test_a_response_does_not_depend_on_the_others():
+    lm, uniforms = small_lm(), torch.rand(len(PROMPTS), 10, generator=torch.Generator().manual_seed(2))
+    together = vbon.generate(lm, PROMPTS, uniforms, 0, 1.0)[0]
+    for i, prompt in enumerate(PROMPTS):
+        assert torch.equal(vbon.generate(lm, [prompt], uniforms[i:i + 1], 0, 1.0)[0][0], together[i])
+
+
+def test_sampled_tokens_follow_the_distribution():
+    logits = torch.tensor([2.0, -math.inf, 0.0, 1.0, -1.0])
+    n = 200_000
+    tokens, log_probs = vbon.sample_tokens(logits.expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    p = logits.softmax(-1)
+    frequency = tokens.bincount(minlength=5) / n
+    assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / n) and frequency[1] == 0
+    torch.testing.assert_close(log_probs, p.log()[tokens])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+def test_shared_trunk(kind):
+    """Top layers on stored activations give what a whole pass gives, gradients too; the trunk is shared, not copied."""
+    ref = small_lm(kind)
+    policy, _ = vbon.make_policy(ref, 2)
+    trained = [n for n, p in policy.named_parameters() if p.requires_grad]
+    assert trained and not any(".0." in n for n in trained), trained
+    pointers = {p.data_ptr() for p in ref.parameters()}
+    for p in policy.parameters():
+        assert (p.data_ptr() in pointers) != p.requires_grad
+    ids, mask = vbon.pad([p + [3, 4, 2] for p in PROMPTS], 0, "left")
+    with torch.no_grad(), vbon.trunk_output(ref, 2) as stored:
+        ref_logits, _ = vbon.forward(ref, ids, mask, 4)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    whole, _ = vbon.forward(policy, ids, mask, 4)
+    with vbon.top_layers(policy, 2, stored[0]):
+        short, _ = vbon.forward(policy, ids, mask, 4)
+    torch.testing.assert_close(short, whole)
+    assert not torch.allclose(whole, ref_logits, atol=1e-2)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for g, h in zip(torch.autograd.grad(whole.square().mean(), parameters), torch.autograd.grad(short.square().mean(), parameters)):
+        torch.testing.assert_close(g, h)
+    torch.testing.assert_close(vbon.forward(ref, ids, mask, 4)[0], ref_logits)
+
+
+# --- the toy ----------------------------------------------------------------------------------------------------------
+
+TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_prompts=16, max_new_tokens=3, eval_every=1, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    os.chdir(tmp_path_factory.mktemp("toy"))
+    args = vbon.Args(**TOY, out="one")
+    return args, vbon.train(args), vbon.toy_task(args, DEVICE), Path.cwd()
+
+
+def test_toy_is_enumerated_exactly(toy):
+    args, _, task, _ = toy
+    world = vbon.exact_world(task, args)
+    assert len(world["responses"]) == len(set(world["responses"])) == 1 + 18 + 18 ** 2 + 18 ** 3
+    torch.testing.assert_close(world["log_ref"].exp().sum(1), torch.ones(4).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(world["log_bon"].exp().sum(1), torch.ones(4).double(), atol=1e-4, rtol=0)
+    prompt = task.tokenizer.encode("the plot was")
+    for response in ("superb", "very dull", "slow but moving"):  # the last is cut off by the limit of 3 tokens
+        ids = torch.tensor([prompt + task.tokenizer.encode(response + (" ." if response.count(" ") < 2 else ""))])
+        with torch.no_grad():
+            log_probs = task.ref(ids).logits[0].log_softmax(-1)
+        expected = sum(log_probs[t - 1, ids[0, t]].item() for t in range(3, ids.shape[1]))
+        assert world["log_ref"][2, world["responses"].index(response)].item() == pytest.approx(expected, abs=1e-4)
+    start = vbon.exact_metrics(world["log_ref"], world)
+    assert start["exact/kl_to_ref"] == 0 and start["exact/win_rate"] == pytest.approx(0.5, abs=1e-4)
+    assert start["exact/kl_to_bon"] > 10
+    assert vbon.exact_metrics(world["log_bon"], world)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
+
+
+def test_warmth():
+    assert vbon.warmth("superb") > vbon.warmth("moving") > 0 > vbon.warmth("dull") > vbon.warmth("awful")
+    assert vbon.warmth("very superb") > vbon.warmth("superb") > 0 > vbon.warmth("not superb")
+    assert vbon.warmth("slow but superb") > vbon.warmth("superb but slow")
+
+
+def test_toy_run_files(toy):
+    args, result, task, folder = toy
+    metrics = [json.loads(line) for line in open(folder / "one/metrics.jsonl")]
+    assert [m["episode"] for m in metrics] == [128, 256]
+    assert {k.split("/")[0] for k in metrics[0]} == {"episode", "objective", "ppo", "time", "exact"}
+    saved = json.load(open(folder / "one/result.json"))
+    assert saved == result and {"reward", "reward_se", "win_rate", "win_rate_se", "kl_to_ref", "kl_to_ref_se",
+                                "exact/kl_to_bon", "exact/kl_to_ref", "exact/reward", "exact/win_rate"} <= set(saved)
+    assert saved["exact/kl_to_bon"] == metrics[-1]["exact/kl_to_bon"]
+    samples = [json.loads(line) for line in open(folder / "one/samples.jsonl")]
+    assert len(samples) == 16 and np.mean([s["reward"] for s in samples]) == pytest.approx(saved["reward"])
+    assert all(s["reward"] == vbon.warmth(s["response"]) for s in samples)
+    assert json.load(open(folder / "one/config.json"))["N"] == 16
+
+
+def test_same_seed_same_run_and_saved_policy(toy):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    _, _, task, folder = toy
+    os.chdir(folder)
+    vbon.train(vbon.Args(**TOY, out="two"))
+    vbon.train(vbon.Args(**TOY, out="three", seed=1))
+
+    def without_times(run):
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(folder / run / "metrics.jsonl")]
+    assert without_times("one") == without_times("two") != without_times("three")
+    one, two = (AutoModelForCausalLM.from_pretrained(folder / run / "policy") for run in ("one", "two"))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), task.ref.parameters()))
+    prompt = AutoTokenizer.from_pretrained(folder / "one/policy").encode("the plot was")
+    args = vbon.Args(**TOY, out="new")
+    world = vbon.exact_world(task, args)
+    log_pi = torch.stack([vbon.enumerate_log_p(one, p, args) for p in world["prompts"]])
+    assert prompt == world["prompts"][2]
+    assert vbon.exact_metrics(log_pi, world)["exact/kl_to_bon"] == json.load(open(folder / "one/result.json"))["exact/kl_to_bon"]
+
+
+def test_toy_learns_to_be_its_own_best_of_4(toy):
+    os.chdir(toy[3])
+    result = vbon.train(vbon.Args(N=4, episodes=10240, test_prompts=64, test_M=100, out="learns"))
+    assert result["exact/kl_to_bon"] < 0.1  # from 1.6
+    assert result["exact/win_rate"] == pytest.approx(0.8, abs=0.05)
+
+
+def test_killed_sampling_resumes_and_larger_M_extends(toy, tmp_path, monkeypatch):
+    args, _, task, _ = toy
+    monkeypatch.chdir(tmp_path)
+    whole = vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE)
+    content = Path("whole.jsonl").read_bytes()
+    for cut in (0, 10, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
+        Path("cut.jsonl").write_bytes(content[:cut])
+        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "cut.jsonl"}), DEVICE)
+        assert Path("cut.jsonl").read_bytes() == content
+    more = vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
+    for (split, prompt), rewards in whole.items():
+        assert torch.equal(more[split, prompt][:len(rewards)], rewards) and len(more[split, prompt]) == (50 if split == "train" else 20)
+
+
+def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeypatch):
+    args, _, task, _ = toy
+    monkeypatch.chdir(tmp_path)
+    vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
+    with pytest.raises(vbon.UserError, match="temperature = 1.0, this run has 0.5"):
+        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl", "temperature": 0.5}), DEVICE)
+    lines = Path("s.jsonl").read_text().splitlines()
+    for bad in ("not json", '{"split": "train"}', lines[1], lines[1].replace('"rewards": [', '"rewards": [NaN, ')):
+        Path("s.jsonl").write_text("\n".join(lines[:2] + [bad]) + "\n")
+        with pytest.raises(vbon.UserError, match="line 3 is damaged"):
+            vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
+
+
+def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypatch):
+    args, _, task, _ = toy
+    monkeypatch.chdir(tmp_path)
+    broken = vbon.Task(task.ref, task.tokenizer, lambda prompts, responses: [math.nan] * len(responses), task.train_prompts, task.test_prompts)
+    with pytest.raises(vbon.UserError, match="nan for the prompt 'the acting was' with the response '"):
+        vbon.reference_rewards(broken, args, DEVICE)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def command(*argv, cwd, **environment):
+    return subprocess.run([sys.executable, str(HERE / "vbon.py"), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | environment, timeout=600)
+
+
+def refused(result, *words):
+    """Exit code 2 and one line on stderr, after any progress bar, that has these words; no trace."""
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr and line.startswith("vbon.py: ") and all(w in line for w in words), result.stderr
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--N", "0"], "--N"), (["--N", "many"], "--N"), (["--N", "nan"], "--N"), (["--N", "inf"], "--N"), (["--M", "0"], "--M"),
+    (["--task", "chess"], "toy"), (["--objective", "sft"], "bound1"), (["--estimator", "mean"], "log_mean"), (["--temperature", "0"], "--temperature"),
+    (["--objective", "rlhf", "--N", "1"], "--beta"), (["--ref", "gpt2"], "--task imdb"), (["--minibatch", "4096"], "--rollouts"),
+    (["--unfrozen-layers", "7"], "2 layers"), (["--device", "cuda:7"], "cuda:7"), (["--nonsense"], "--nonsense")])
+def test_bad_flags(argv, word, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        import contextlib, io
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            assert vbon.main(argv) == 2
+    line = error.getvalue().strip().splitlines()[-1]
+    assert line.startswith("vbon.py: ") and word in line and not os.listdir(tmp_path)
+
+
+def test_help_names_every_flag_and_importing_is_light(tmp_path):
+    result = command("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for field in vbon.fields(vbon.Args):
+        assert "--" + field.name.replace("_", "-") in result.stdout
+        assert field.metadata["help"][:30].split(",")[0].replace("%%", "%")[:20] in " ".join(result.stdout.split())
+    heavy = subprocess.run([sys.executable, "-c", "import sys, vbon; print([m for m in ('datasets', 'matplotlib', 'vllm') if m in sys.modules])"],
+                           cwd=HERE, capture_output=True, text=True)
+    assert heavy.stdout.strip() == "[]"
+
+
+def test_a_finished_run_is_not_overwritten(toy):
+    result = command("--out", "one", cwd=toy[3])
+    refused(result, "--overwrite")
+
+
+# --- imdb with small models in an offline hub -------------------------------------------------------------------------
+
+
+def save_small_models(folder, labels=2, eos=True, seed=0):
+    """A GPT-2 and a DistilBERT classifier over words, as local folders."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<|endoftext|>"] + alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "ref")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "<|endoftext|>"} if eos else {})).save_pretrained(folder / "ref")
+    names = {1: {0: "LABEL_0"}, 2: {0: "NEGATIVE", 1: "POSITIVE"}, 3: {0: "A", 1: "B", 2: "C"}}[labels]
+    DistilBertForSequenceClassification(DistilBertConfig(
+        vocab_size=257, max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2, num_labels=labels, id2label=names,
+        label2id={v: k for k, v in names.items()})).save_pretrained(folder / "reward")
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", model_max_length=64).save_pretrained(folder / "reward")
+
+
+IMDB = ["--task", "imdb", "--episodes", 16, "--rollouts", 8, "--minibatch", 4, "--M", 5, "--test-M", 4, "--train-prompts", 6,
+        "--test-prompts", 4, "--max-new-tokens", 6, "--unfrozen-layers", 1, "--N", 2]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    save_small_models(folder)
+    write_lines(folder / "prompts.jsonl", [{"prompt": f"Film number {i} is"} for i in range(20)])
+    return folder
+
+
+def own(pieces, ref=None, reward=None, dataset=None):
+    return ["--ref", ref or pieces / "ref", "--reward", reward or pieces / "reward", "--dataset", dataset or pieces / "prompts.jsonl"]
+
+
+@pytest.mark.parametrize("objective", vbon.OBJECTIVES)
+def test_own_models_and_prompts(pieces, tmp_path, monkeypatch, objective):
+    monkeypatch.chdir(tmp_path)
+    assert vbon.main([str(a) for a in [*IMDB, *own(pieces), "--objective", objective, "--out", "run"]]) == 0
+    result = json.load(open("run/result.json"))
+    samples = [json.loads(line) for line in open("run/samples.jsonl")]
+    assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0 and len(samples) == 2  # a tenth of 20 prompts is held out
+    stored = [json.loads(line) for line in open(next(Path("samples").iterdir()))][1:]
+    assert len(stored) == 8 and all(s["prompt"].startswith("Film number") for s in stored)
+
+
+def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch):
+    """evaluate()'s sum over the vocabulary has the mean of the plain log-ratio estimate."""
+    monkeypatch.chdir(tmp_path)
+    args = vbon.Args(task="toy", max_new_tokens=3, test_prompts=400, test_M=5, M=5)
+    task = vbon.toy_task(args, DEVICE)
+    policy = vbon.make_policy(task.ref, -1)[0]
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    result, _ = vbon.evaluate(policy, task, vbon.reference_rewards(task, args, DEVICE), args, DEVICE)
+    world = vbon.exact_world(task, args)
+    log_pi = torch.stack([vbon.enumerate_log_p(policy, p, args) for p in world["prompts"]])
+    exact = vbon.exact_metrics(log_pi, world)
+    assert result["kl_to_ref"] == pytest.approx(exact["exact/kl_to_ref"], abs=4 * result["kl_to_ref_se"])
+    assert result["reward"] == pytest.approx(exact["exact/reward"], abs=4 * result["reward_se"])
+
+
+def test_bad_pieces(pieces, tmp_path):
+    save_small_models(tmp_path / "three", labels=3)
+    save_small_models(tmp_path / "no_eos", eos=False)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    write_lines(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "a prompt of more than 32 − 6 bytes"}])
+    write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}, {"question": "y"}])
+    before = sorted(os.listdir(tmp_path))
+    cases = [(dict(ref="no/such-model"), ["no/such-model", "--ref"]), (dict(reward="no/such-reward"), ["--reward"]),
+             (dict(reward=tmp_path / "three/reward"), ["3 labels"]), (dict(ref=tmp_path / "no_eos/ref"), ["EOS"]),
+             (dict(dataset=tmp_path / "missing.jsonl"), ["missing.jsonl", "no such file"]), (dict(dataset=tmp_path / "empty.jsonl"), ["0 training rows"]),
+             (dict(dataset=tmp_path / "broken.jsonl"), ["line 2"]), (dict(dataset=tmp_path / "long.jsonl"), ["context of 32"]),
+             (dict(dataset=tmp_path / "other.jsonl"), ["line 2"]), (dict(dataset="no/such-data"), ["no/such-data", "--dataset"])]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import contextlib, io
+    for pieces_of_case, words in cases:
+        error = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            patch.chdir(tmp_path)
+            assert vbon.main([str(a) for a in [*IMDB, *own(pieces, **pieces_of_case)]]) == 2, error.getvalue()
+        line = error.getvalue().strip().splitlines()[-1]
+        assert line.startswith("vbon.py: ") and all(w in line for w in words), error.getvalue()
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_imdb_verbatim_without_a_hub(tmp_path):
+    result = command("--task", "imdb", "--N", "16", cwd=tmp_path, HF_HOME=str(tmp_path / "empty"))
+    refused(result, "lvwerra/gpt2-imdb", "--ref")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "samples").exists()
+
+
+def lay_out_hub(home, models, reviews):
+    """An offline cache of the hub: a snapshot for each model, and the data set where `datasets` looks for it offline."""
+    import datasets
+    for name, folder in models.items():
+        base = home / "hub" / ("models--" + name.replace("/", "--"))
+        (base / "refs").mkdir(parents=True)
+        (base / "refs/main").write_text("0" * 40)
+        (base / "snapshots").mkdir()
+        (base / "snapshots" / ("0" * 40)).symlink_to(folder.resolve())
+    source = home / "plain"
+    for split, rows in reviews.items():
+        source.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(source / f"{split}-00000-of-00001.parquet")
+    datasets.load_dataset(str(source), cache_dir=str(home / "tmp"))
+    made = next((home / "tmp").rglob("dataset_info.json")).parent
+    target = home / "datasets/stanfordnlp___imdb/plain_text/0.0.0" / ("0" * 40)
+    target.parent.mkdir(parents=True)
+    made.rename(target)
+    for path in target.glob("*.arrow"):
+        path.rename(target / ("imdb-" + path.name.split("-", 1)[1]))
+    info = json.loads((target / "dataset_info.json").read_text())
+    (target / "dataset_info.json").write_text(json.dumps(info | {"config_name": "plain_text", "dataset_name": "imdb", "builder_name": "parquet"}))
+
+
+def test_imdb_verbatim_from_an_offline_hub(pieces, tmp_path):
+    """--task imdb with the hub's names and only its sizes cut down, from a cache that holds small models."""
+    reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2} for i in range(40)]
+    lay_out_hub(tmp_path / "home", {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"},
+                {"train": reviews, "test": [{"text": "Another " + r["text"], "label": r["label"]} for r in reviews]})
+    sizes = [a for a in IMDB if a not in ("--task", "imdb", "--N", 2)]
+    sizes = IMDB[2:-2]
+    result = command("--task", "imdb", "--N", "16", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name == "imdb-vbon-N16-M5-seed0" and json.load(open(run / "result.json"))["episodes"] == 16
+    prompts = {s["prompt"] for s in map(json.loads, open(run / "samples.jsonl"))}
+    assert all("Another ".startswith(p[:8]) and 2 <= len(p) <= 8 for p in prompts), prompts
+    again = command("--task", "imdb", "--N", "16", *sizes, "--overwrite", cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert again.returncode == 0 and "read from samples/imdb-" in again.stdout
+
+
+@pytest.mark.skipif(not (SHARED / "imdb-mini").exists(), reason="needs the real small models")
+def test_imdb_on_real_models_and_reviews(tmp_path):
+    mini = SHARED / "imdb-mini"
+    result = command(*IMDB, "--ref", mini / "ref", "--reward", mini / "reward", "--dataset", SHARED / "imdb", "--out", "run", cwd=tmp_path,
+                     HF_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert 0.2 < json.load(open(tmp_path / "run/result.json"))["ref/reward"] < 0.8
+
+
+# --- evaluate.py ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_table_csv_and_figure(toy, tmp_path, capsys):
+    runs = [str(toy[3] / name) for name in ("one", "two", "three")]
+    assert evaluate.main([*runs, "--csv", str(tmp_path / "toy.csv"), "--figure", str(tmp_path / "toy.png")]) == 0
+    table = capsys.readouterr().out
+    results = [json.load(open(f"{run}/result.json"))["exact/kl_to_bon"] for run in runs]
+    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(3):.3f}" in table and "Best-of-16" in table
+    assert len((tmp_path / "toy.csv").read_text().splitlines()) == 4
+    assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_evaluate_refuses_unfinished_runs(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert evaluate.main([str(tmp_path / "run")]) == 2
+    assert "not a finished run" in capsys.readouterr().err
