@@ -416,7 +416,7 @@ def test_same_seed_same_run_and_saved_policy(toy):
 
 def test_toy_learns_to_be_its_own_best_of_4(toy):
     os.chdir(toy[3])
-    result = vbon.train(vbon.Args(N=4, episodes=10240, test_prompts=64, test_M=100, out="learns"))
+    result = vbon.train(vbon.Args(N=4, episodes=20480, rollouts=1024, test_prompts=64, test_M=100, out="learns"))
     assert result["exact/kl_to_bon"] < 0.1  # from 1.6
     assert result["exact/win_rate"] == pytest.approx(0.8, abs=0.05)
 
@@ -451,7 +451,8 @@ def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeyp
 def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypatch):
     args, _, task, _ = toy
     monkeypatch.chdir(tmp_path)
-    broken = vbon.Task(task.ref, task.tokenizer, lambda prompts, responses: [math.nan] * len(responses), task.train_prompts, task.test_prompts)
+    broken = vbon.Task(task.ref, task.tokenizer, lambda prompts, responses: [math.nan] * len(responses), task.encode,
+                       task.train_prompts, task.test_prompts, "nan")
     with pytest.raises(vbon.UserError, match="nan for the prompt 'the acting was' with the response '"):
         vbon.reference_rewards(broken, args, DEVICE)
     assert not list(tmp_path.rglob("*.jsonl"))
@@ -632,7 +633,6 @@ def test_imdb_verbatim_from_an_offline_hub(pieces, tmp_path):
     reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2} for i in range(40)]
     lay_out_hub(tmp_path / "home", {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"},
                 {"train": reviews, "test": [{"text": "Another " + r["text"], "label": r["label"]} for r in reviews]})
-    sizes = [a for a in IMDB if a not in ("--task", "imdb", "--N", 2)]
     sizes = IMDB[2:-2]
     result = command("--task", "imdb", "--N", "16", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
     assert result.returncode == 0, result.stderr

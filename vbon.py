@@ -28,6 +28,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Callable
 
 import numpy as np
@@ -225,16 +226,16 @@ class Args:
     max_new_tokens: int = flag("longest response, in tokens", toy=4, imdb=40)
     temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at this temperature", 1.0)
 
-    episodes: int = flag("responses that PPO trains on in all", toy=61440, imdb=80_000)
-    rollouts: int = flag("responses per PPO phase", toy=512, imdb=128)
-    minibatch: int = flag("responses per gradient step", toy=128, imdb=32)
-    ppo_epochs: int = flag("passes over the responses of a phase", 4)
+    episodes: int = flag("responses that PPO trains on in all", toy=163_840, imdb=80_000)
+    rollouts: int = flag("responses per PPO phase", toy=2048, imdb=128)
+    minibatch: int = flag("responses per gradient step", toy=256, imdb=32)
+    ppo_epochs: int = flag("passes over the responses of a phase", toy=2, imdb=4)
     lr: float = flag("AdamW's learning rate", toy=1e-3, imdb=3e-5)
     lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant")
     adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95)
     weight_decay: float = flag("AdamW's weight decay", 1e-6)
     gamma: float = flag("discount", 1.0)
-    lam: float = flag("λ of generalized advantage estimation", 0.95)
+    lam: float = flag("λ of generalized advantage estimation", toy=1.0, imdb=0.95)
     clip: float = flag("clip range of the policy ratio", 0.2)
     value_clip: float = flag("clip range of the value function", 0.2)
     value_coef: float = flag("weight of the value loss", 1.0)
@@ -264,9 +265,12 @@ class Args:
         for name in ("M", "test_M", "train_prompts", "test_prompts", "max_new_tokens", "rollouts", "minibatch", "ppo_epochs", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("temperature", "lr", "reward_clip"):
+        for name in ("temperature", "lr", "reward_clip", "clip", "value_clip"):
             if not (0 < getattr(self, name) < math.inf):
                 raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
+        for name in ("gamma", "lam", "adam_beta2"):
+            if not (0 <= getattr(self, name) <= 1):
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
         if self.objective == "rlhf" and not (self.beta is not None and 0 <= self.beta < math.inf):
             raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
         if self.minibatch > self.rollouts or self.episodes < self.rollouts:
@@ -283,21 +287,20 @@ class Args:
 def parse_args(argv=None):
     """The command line as an `Args`."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+        description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def one_line(message):
         raise UserError(message + " (see --help)")
     parser.error = one_line
     for f in fields(Args):
-        name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        default = ", ".join(f"{task} {value}" for task, value in meta["per_task"].items()) or f.default
-        help = meta["help"] + ("" if default is None else f" [{default}]")
+        default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
+        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
         if f.type is bool:
-            parser.add_argument(name, action="store_true", help=help)
+            kind = {"action": "store_true"}
         else:
-            values = " ".join(meta["choices"]) if meta["choices"] else f.name.upper().split("_")[-1]
-            parser.add_argument(name, type=f.type, default=f.default, metavar=values if not meta["choices"] else "{" + values.replace(" ", ",") + "}",
-                                help=help.replace("%", "%%"))
+            choices = f.metadata["choices"]
+            kind = {"type": f.type, "default": f.default, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
     return Args(**vars(parser.parse_args(argv)))
 
 
@@ -311,10 +314,10 @@ class Task:
     ref: nn.Module                    # π_ref, a causal language model
     tokenizer: object
     score: Callable                   # (prompts, responses), two lists of B texts -> B floats
+    encode: Callable                  # a prompt's text -> its token ids
     train_prompts: list               # texts; may repeat
     test_prompts: list
-    reward_id: str = ""               # what identifies the reward in the file of samples
-    enumerate_responses: Callable = None  # toy only: every possible response, for the exact truth
+    reward_id: str                    # what identifies the reward in the file of samples
 
 
 # --- toy: film verdicts of at most four tokens, each one of which can be enumerated -----------------------------------
@@ -385,7 +388,7 @@ def toy_task(args, device):
         loss.backward()
         optimizer.step(), schedule.step()
     prompts = [f"the {noun} was" for noun in KINDNESS]
-    return Task(lm.eval(), tokenizer, lambda prompts, responses: [warmth(r) for r in responses],
+    return Task(lm.eval(), tokenizer, lambda prompts, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
                 prompts, [prompts[i % len(prompts)] for i in range(args.test_prompts)], "warmth")
 
 
@@ -420,7 +423,8 @@ def enumerate_responses(max_new_tokens):
 
 def exact_world(task, args):
     """What only the toy can know: for each prompt and every response log π_ref, log F, log π_bon, (P, S), and r, (S,)."""
-    prompts = [task.tokenizer.encode(p) for p in sorted(set(task.train_prompts), key=task.train_prompts.index)]
+    texts = list(dict.fromkeys(task.train_prompts))
+    prompts = [task.encode(p) for p in texts]
     responses = enumerate_responses(args.max_new_tokens)
     rewards = torch.tensor(task.score(None, responses), dtype=torch.double)
     log_ref = torch.stack([enumerate_log_p(task.ref, p, args) for p in prompts])
@@ -428,8 +432,18 @@ def exact_world(task, args):
     mass = log_ref.exp()[:, ascending]
     F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
     log_F = F.clamp(min=0).log()
-    return {"prompts": prompts, "responses": responses, "rewards": rewards, "log_ref": log_ref, "log_F": log_F,
+    return {"texts": texts, "prompts": prompts, "responses": responses, "rewards": rewards, "log_ref": log_ref, "log_F": log_F,
             "log_bon": log_bon_pmf(log_F, log_ref, args.N)}
+
+
+def exact_optimum(world, ref_rewards, args):
+    """log π* (P, S), what perfect training would reach: π* ∝ π_ref·exp(reward/c), with the F̂ of the M samples.
+
+    Its distance from π_bon is the price of the estimate (about (N−1)/(4M) nats), or of another objective than BoN's.
+    """
+    log_F = torch.stack([estimate_log_F(world["rewards"], r, args.estimator) for r in ref_rewards])
+    reward, c = terminal_reward(world["rewards"], log_F, world["log_ref"], args)
+    return (world["log_ref"] + reward / max(c, 1e-9)).log_softmax(1)
 
 
 def exact_metrics(log_pi, world):
@@ -458,9 +472,6 @@ def load(what, loader, name, **kwargs):
 def imdb_task(args, device):
     """π_ref, a sentiment classifier as the reward, and the first 2–8 tokens of reviews as prompts (§5; any pieces do)."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     tokenizer = load("ref", AutoTokenizer, args.ref)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of --ref {args.ref} has no EOS token, so no response could end: set its eos_token")
@@ -473,14 +484,14 @@ def imdb_task(args, device):
     train, test = read_prompts(args, tokenizer, rng)
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
     for prompt in train + test:
-        length = len(tokenizer(prompt)["input_ids"])
+        length = len(tokenizer.encode(prompt))
         if length == 0:
             raise UserError("--dataset has an empty prompt, and there is no token to start from: remove it")
         if length + args.max_new_tokens > context:
             raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's context of "
                             f"{context}: {prompt[:60]!r}…")
     return Task(ref, tokenizer, lambda prompts, responses: classifier_rewards(
-        classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)]), train, test, fingerprint(classifier))
+        classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)]), cache(tokenizer.encode), train, test, fingerprint(classifier))
 
 
 def read_prompts(args, tokenizer, rng):
@@ -566,10 +577,10 @@ def classifier_rewards(model, tokenizer, texts, batch=128):
 def pad(rows, value, side, device="cpu"):
     """Lists of token ids -> ids (B, T) padded on the given side, mask (B, T) of what is not padding."""
     T = max(map(len, rows))
-    ids, mask = torch.full((len(rows), T), value), torch.zeros(len(rows), T, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
-        ids[i, where], mask[i, where] = torch.tensor(row), True
+    fill = [[value] * (T - len(row)) for row in rows]
+    ids = torch.tensor([f + row if side == "left" else row + f for f, row in zip(fill, rows)])
+    lengths, column = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(T)
+    mask = column >= T - lengths if side == "left" else column < lengths
     return ids.to(device), mask.to(device)
 
 
@@ -615,10 +626,10 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     from transformers import DynamicCache
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, mask = pad(prompts, eos, "left", device)
-    cache = DynamicCache(config=lm.config)
-    logits, hidden = forward(lm, ids, mask, 1, cache)
+    kv = DynamicCache(config=lm.config)
+    logits, hidden = forward(lm, ids, mask, 1, kv)
     if copies > 1:
-        cache.batch_repeat_interleave(copies)
+        kv.batch_repeat_interleave(copies)
         mask, logits, hidden = (x.repeat_interleave(copies, 0) for x in (mask, logits, hidden))
     tokens = torch.full((B, T), eos, device=device)
     done = torch.zeros(B, T, dtype=torch.bool, device=device)
@@ -635,10 +646,10 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
         if len(alive) < len(rows):
             if len(alive) == 0:
                 break
-            cache.batch_select_indices(alive)
+            kv.batch_select_indices(alive)
             rows, token, mask = rows[alive], token[alive], mask[alive]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits, hidden = forward(lm, token.unsqueeze(1), mask, 1, cache)
+        logits, hidden = forward(lm, token.unsqueeze(1), mask, 1, kv)
     return tokens, done, log_probs, values
 
 
@@ -697,7 +708,7 @@ def sample_reference(task, args, device, split, prompt, start, M, batch=512):
     texts = []
     for rows in torch.from_numpy(uniforms).split(batch):
         with autocast(args, device):
-            tokens, mask, _, _ = generate(task.ref, [task.tokenizer(prompt)["input_ids"]], rows.to(device),
+            tokens, mask, _, _ = generate(task.ref, [task.encode(prompt)], rows.to(device),
                                           task.tokenizer.eos_token_id, args.temperature)
         texts += decode(task.tokenizer, tokens, mask)
     return texts
@@ -747,6 +758,12 @@ def read_samples(path, header):
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
     return rewards
+
+
+def terminal_reward(scores, log_F, log_p, args):
+    """What a response earns at its end, clipped, and the coefficient c of the per-token KL penalty that goes with it."""
+    reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
+    return reward.clamp(-args.reward_clip, args.reward_clip), args.beta if args.objective == "rlhf" else 1 / args.N
 
 
 def autocast(args, device):
@@ -878,7 +895,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     clock, metrics = [time.perf_counter()], {}
 
     # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
-    prompt_ids = [task.tokenizer(p)["input_ids"] for p in prompts]
+    prompt_ids = [task.encode(p) for p in prompts]
     uniforms = torch.rand(B, T, generator=generator, device=device)
     with autocast(args, device):
         tokens, mask, old_log_probs, old_values = generate(policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
@@ -899,13 +916,9 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 
     # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
     scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
-    log_p, log_F = ref_log_probs.double().sum(1).cpu(), estimate_log_F(scores, ref_rewards, args.estimator)
-    if args.objective == "rlhf":
-        terminal, kl_coef = scores, args.beta
-    else:
-        terminal, kl_coef = vbon_reward(log_F, log_p, args.N, args.objective), 1 / args.N
-    terminal = terminal.clamp(-args.reward_clip, args.reward_clip).to(old_values)
-    log_ratio = old_log_probs - ref_log_probs
+    log_F = estimate_log_F(scores, ref_rewards, args.estimator)
+    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.double().sum(1).cpu(), args)
+    terminal, log_ratio = terminal.to(old_values), old_log_probs - ref_log_probs
     rewards = -kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal
     advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
@@ -966,7 +979,7 @@ def evaluate(policy, task, ref_rewards, args, device):
     eos, T = task.tokenizer.eos_token_id, args.max_new_tokens
     responses, kls = [], []
     for start in range(0, len(task.test_prompts), args.minibatch):
-        prompt_ids = [task.tokenizer(p)["input_ids"] for p in task.test_prompts[start:start + args.minibatch]]
+        prompt_ids = [task.encode(p) for p in task.test_prompts[start:start + args.minibatch]]
         with autocast(args, device):
             tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompt_ids), T, generator=generator, device=device),
                                           eos, args.temperature)
@@ -1024,13 +1037,16 @@ def show_responses(title, world, log_pi, args):
     """A few responses to each toy prompt, drawn from a distribution over all of them."""
     generator = torch.Generator().manual_seed(args.seed)
     print(f"\n{title}")
-    for prompt, row in zip(world["prompt_texts"], log_pi):
+    for prompt, row in zip(world["texts"], log_pi):
         picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
         print(f"  {prompt:<16} " + "  ·  ".join(f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks))
 
 
 def train(args):
     """The whole run (Algorithm 1). Returns what it writes to result.json."""
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # its loading bars and notes would bury ours
+    logging.disable_progress_bar()
     device = pick_device(args.device)
     start_time = time.perf_counter()
     task = (toy_task if args.task == "toy" else imdb_task)(args, device)
@@ -1057,6 +1073,8 @@ def train(args):
               f"{time.perf_counter() - start_time:.0f} s\n\n  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
         print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
         print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
+        optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
+        print(exact_row("what training aims at", optimum))
 
     phases = args.episodes // args.rollouts
     trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
@@ -1083,6 +1101,8 @@ def train(args):
             bar.update(args.rollouts)
 
     result, samples = evaluate(policy, task, ref_rewards, args, device)
+    if world:
+        exact |= {"exact/kl_to_bon_of_optimum": optimum["exact/kl_to_bon"]}
     result = {"task": args.task, "objective": args.objective, "N": args.N, "beta": args.beta, "M": args.M, "seed": args.seed,
               "episodes": phases * args.rollouts, "seconds": round(time.perf_counter() - start_time, 1)} | result | exact
     save_policy(policy, task.tokenizer, f"{args.out}/policy")
@@ -1090,7 +1110,6 @@ def train(args):
     write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")  # last: it marks the run as finished
 
     if world:
-        world["prompt_texts"] = [task.tokenizer.decode(p) for p in world["prompts"]]
         show_responses("before: π_ref (reward)", world, world["log_ref"], args)
         show_responses("after: π_θ, one sample each", world, policy_log_p(), args)
         show_responses(f"the real Best-of-{args.N}", world, world["log_bon"], args)
