@@ -255,14 +255,16 @@ class Args:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
-                raise UserError(f"--{f.name.replace('_', '-')}: unknown value {value!r}; choose from {', '.join(f.metadata['choices'])}")
+                raise UserError(f"--{f.name.replace('_', '-')}: unknown value {value!r}; "
+                                f"choose from {', '.join(f.metadata['choices'])}")
             if value is None:
                 setattr(self, f.name, f.metadata["per_task"].get(self.task))
         if not (self.N >= 1 and math.isfinite(self.N)):
             raise UserError(f"--N must be a number from 1, not {self.N}")
         if self.beta is None:
             self.beta = 1 / (self.N - 1) if self.N > 1 else None
-        for name in ("M", "test_M", "train_prompts", "test_prompts", "max_new_tokens", "rollouts", "minibatch", "ppo_epochs", "eval_every"):
+        for name in ("M", "test_M", "train_prompts", "test_prompts", "max_new_tokens", "rollouts", "minibatch", "ppo_epochs",
+                     "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("temperature", "lr", "reward_clip", "clip", "value_clip"):
@@ -274,7 +276,8 @@ class Args:
         if self.objective == "rlhf" and not (self.beta is not None and 0 <= self.beta < math.inf):
             raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
         if self.minibatch > self.rollouts or self.episodes < self.rollouts:
-            raise UserError(f"need --minibatch ≤ --rollouts ≤ --episodes, not {self.minibatch}, {self.rollouts}, {self.episodes}")
+            raise UserError("need --minibatch ≤ --rollouts ≤ --episodes, "
+                            f"not {self.minibatch}, {self.rollouts}, {self.episodes}")
         if self.task == "toy" and (self.ref or self.reward or self.dataset):
             raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
         if self.out is None:
@@ -286,8 +289,8 @@ class Args:
 
 def parse_args(argv=None):
     """The command line as an `Args`."""
-    parser = argparse.ArgumentParser(
-        description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="\n\n".join(__doc__.split("\n\n")[:3]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def one_line(message):
         raise UserError(message + " (see --help)")
@@ -299,7 +302,8 @@ def parse_args(argv=None):
             kind = {"action": "store_true"}
         else:
             choices = f.metadata["choices"]
-            kind = {"type": f.type, "default": f.default, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
+            kind = {"type": f.type, "default": f.default,
+                    "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
     return Args(**vars(parser.parse_args(argv)))
 
@@ -373,8 +377,8 @@ def toy_task(args, device):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".")
     torch.manual_seed(args.data_seed)
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos, loss_type="ForCausalLM", activation_function="relu",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
+        vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos,
+        activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
     rng, steps = random.Random(args.data_seed), 200
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
@@ -389,7 +393,7 @@ def toy_task(args, device):
         optimizer.step(), schedule.step()
     prompts = [f"the {noun} was" for noun in KINDNESS]
     return Task(lm.eval(), tokenizer, lambda prompts, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
-                prompts, [prompts[i % len(prompts)] for i in range(args.test_prompts)], "warmth")
+                train_prompts=prompts, test_prompts=[prompts[i % len(prompts)] for i in range(args.test_prompts)], reward_id="warmth")
 
 
 def enumerate_log_p(lm, prompt_ids, args):
@@ -466,7 +470,8 @@ def load(what, loader, name, **kwargs):
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {what} {name!r}: {reason} Pass --{what} FOLDER to use a local one.") from None
+        raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
+                        f"Pass --{what} FOLDER to use a local one.") from None
 
 
 def imdb_task(args, device):
@@ -479,7 +484,7 @@ def imdb_task(args, device):
     classifier_tokenizer = load("reward", AutoTokenizer, args.reward)
     classifier = load("reward", AutoModelForSequenceClassification, args.reward, dtype=torch.float32).to(device).eval()
     if classifier.config.num_labels not in (1, 2):
-        raise UserError(f"--reward {args.reward} has {classifier.config.num_labels} labels; a reward needs 1 logit, or 2 labels")
+        raise UserError(f"--reward {args.reward} has {classifier.config.num_labels} labels; a reward has 1 logit or 2 labels")
     rng = random.Random(args.data_seed)
     train, test = read_prompts(args, tokenizer, rng)
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
@@ -488,10 +493,12 @@ def imdb_task(args, device):
         if length == 0:
             raise UserError("--dataset has an empty prompt, and there is no token to start from: remove it")
         if length + args.max_new_tokens > context:
-            raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's context of "
-                            f"{context}: {prompt[:60]!r}…")
-    return Task(ref, tokenizer, lambda prompts, responses: classifier_rewards(
-        classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)]), cache(tokenizer.encode), train, test, fingerprint(classifier))
+            raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's "
+                            f"context of {context}: {prompt[:60]!r}…")
+
+    def score(prompts, responses):  # of the whole review, as a reader sees it
+        return classifier_rewards(classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)])
+    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id=fingerprint(classifier))
 
 
 def read_prompts(args, tokenizer, rng):
@@ -507,7 +514,7 @@ def read_prompts(args, tokenizer, rng):
                     rows.append({key: row[key] for key in ("prompt", "text") if isinstance(row.get(key), str)})
                     assert rows[-1]
                 except (ValueError, AttributeError, AssertionError):
-                    raise UserError(f"--dataset {args.dataset}, line {i}: not a JSON object with a string `prompt` (or `text`)") from None
+                    raise UserError(f"--dataset {args.dataset}, line {i}: not an object with a string `prompt` or `text`") from None
         splits = {"train": rows}
     else:
         import datasets
@@ -516,7 +523,8 @@ def read_prompts(args, tokenizer, rng):
             splits = datasets.load_dataset(args.dataset)
         except Exception as error:  # datasets raises a dozen unrelated types here
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load dataset {args.dataset!r}: {reason}. Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
+            raise UserError(f"cannot load dataset {args.dataset!r}: {reason} "
+                            "Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
         if "train" not in splits:
             raise UserError(f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
     train = splits["train"]
@@ -675,7 +683,8 @@ def reference_rewards(task, args, device):
     """
     header = {"vbon_samples": 1, "task": args.task, "ref": fingerprint(task.ref),
               "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
-              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "data_seed": args.data_seed}
+              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
+              "data_seed": args.data_seed}
     path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
     rewards = read_samples(path, header)
     wanted = [("train", p, args.M) for p in dict.fromkeys(task.train_prompts)]
@@ -686,7 +695,8 @@ def reference_rewards(task, args, device):
         print(f"π_ref's samples: read from {path}")
     else:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with tqdm(total=sum(M - have.get((split, p), 0) for split, p, M in todo), desc=f"π_ref's samples -> {path}", unit="") as bar:
+        missing = sum(M - have.get((split, p), 0) for split, p, M in todo)
+        with tqdm(total=missing, desc=f"π_ref's samples -> {path}", unit="") as bar:
             for split, prompt, M in todo:
                 start = have.get((split, prompt), 0)
                 responses = sample_reference(task, args, device, split, prompt, start, M)
@@ -898,7 +908,8 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     prompt_ids = [task.encode(p) for p in prompts]
     uniforms = torch.rand(B, T, generator=generator, device=device)
     with autocast(args, device):
-        tokens, mask, old_log_probs, old_values = generate(policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
+        tokens, mask, old_log_probs, old_values = generate(
+            policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
     responses = decode(task.tokenizer, tokens, mask)
     clock.append(time.perf_counter())
 
@@ -985,7 +996,8 @@ def evaluate(policy, task, ref_rewards, args, device):
                                           eos, args.temperature)
             left, left_mask = pad(prompt_ids, eos, "left", device)
             inputs = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1), T + 1
-            log_pi, log_ref = (forward(lm, *inputs)[0][:, :-1].div(args.temperature).log_softmax(-1) for lm in (policy, task.ref))
+            log_pi, log_ref = (forward(lm, *inputs)[0][:, :-1].div(args.temperature).log_softmax(-1)
+                               for lm in (policy, task.ref))
         kls += (torch.sum(log_pi.exp() * (log_pi - log_ref), -1) * mask).sum(1).tolist()
         responses += decode(task.tokenizer, tokens, mask)
     scores = checked_scores(task, task.test_prompts, responses)
@@ -1039,7 +1051,8 @@ def show_responses(title, world, log_pi, args):
     print(f"\n{title}")
     for prompt, row in zip(world["texts"], log_pi):
         picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
-        print(f"  {prompt:<16} " + "  ·  ".join(f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks))
+        shown = (f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks)
+        print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
 def train(args):
@@ -1070,7 +1083,8 @@ def train(args):
         def policy_log_p():
             return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
         print(f"toy: all {len(world['responses']):,} responses to each of {len(world['prompts'])} prompts enumerated, "
-              f"{time.perf_counter() - start_time:.0f} s\n\n  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
+              f"{time.perf_counter() - start_time:.0f} s\n\n"
+              "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
         print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
         print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
         optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
@@ -1081,23 +1095,25 @@ def train(args):
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay)
     generator, order = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
     queue = []
-    with open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log, tqdm(total=phases * args.rollouts, desc="PPO", unit="ep") as bar:
+    with (open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log,
+          tqdm(total=phases * args.rollouts, desc="PPO", unit="ep") as bar):
         for phase in range(phases):
             while len(queue) < args.rollouts:  # every prompt once before any comes twice
                 queue += order.sample(task.train_prompts, len(task.train_prompts))
             prompts, queue = queue[:args.rollouts], queue[args.rollouts:]
             if args.lr_schedule == "linear":
                 optimizer.param_groups[0]["lr"] = args.lr * (1 - phase / phases)
+            prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
             metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
-                policy, value_head, task.ref, optimizer, task, prompts, torch.stack([ref_rewards["train", p] for p in prompts]), args, generator)
+                policy, value_head, task.ref, optimizer, task, prompts, prompt_rewards, args, generator)
             if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
                 exact = exact_metrics(policy_log_p(), world)
                 metrics |= exact
-                if (phase + 1) % (args.eval_every * max(1, phases // args.eval_every // 6)) == 0 or phase == phases - 1:
-                    tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
+                tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}", "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
+            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
+                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
             bar.update(args.rollouts)
 
     result, samples = evaluate(policy, task, ref_rewards, args, device)
@@ -1116,10 +1132,13 @@ def train(args):
     else:
         for s in samples[:4]:
             print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
-    print(f"\ntest: reward {result['reward']:.3f} ± {result['reward_se'] or 0:.3f} (π_ref {result['ref/reward']:.3f}"
-          + (f", Best-of-{args.N} {result['bon/reward']:.3f}" if "bon/reward" in result else "")
-          + f"), win rate over π_ref {100 * result['win_rate']:.1f} % ± {100 * (result['win_rate_se'] or 0):.1f} (Best-of-{args.N} {100 * bon_win_rate(args.N):.1f} %), "
-          f"KL to π_ref {result['kl_to_ref']:.2f} ± {result['kl_to_ref_se'] or 0:.2f} nats (Best-of-{args.N} ≤ {bon_kl(args.N):.2f})\n"
+    def pm(key, scale=1, digits=3):
+        return f"{scale * result[key]:.{digits}f} ± {scale * (result[key + '_se'] or 0):.{digits}f}"
+    print(f"\ntest, ± standard error over prompts (and Best-of-{args.N}):\n"
+          f"  reward      {pm('reward')}  (" + (f"{result['bon/reward']:.3f}; " if "bon/reward" in result else "")
+          + f"π_ref {result['ref/reward']:.3f})\n"
+          f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
+          f"  KL to π_ref {pm('kl_to_ref')} nats  (≤ {bon_kl(args.N):.3f})\n"
           f"{args.out}: config.json, metrics.jsonl, samples.jsonl, result.json, policy/   [{result['seconds']:.0f} s]")
     return result
 
