@@ -36,9 +36,9 @@ def group_seeds(runs):
     for run in runs:
         c = run["config"]
         same = {k: v for k, v in c.items() if k not in ("seed", "data_seed", "out", "samples", "eval_every", "overwrite", "device")}
-        if c["objective"] == "rlhf":  # KL-constrained RL knows nothing of N and F
+        if c["objective"] == "rlhf":  # KL-constrained RL knows nothing of F; N stays, for exact distances are to Best-of-N
             name = f"PPO, β = {c['beta']:.3g}"
-            same = {k: v for k, v in same.items() if k not in ("N", "M", "estimator")}
+            same = {k: v for k, v in same.items() if k not in ("M", "estimator")}
         else:
             name = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound"}[c["objective"]] + f", N = {c['N']}, M = {c['M']}"
         groups.setdefault((name, json.dumps(same, sort_keys=True)), []).append(run)
@@ -59,7 +59,7 @@ def table(groups):
     keys = [k for k in COLUMNS if all(k in run["result"] for _, runs in groups for run in runs)]
     rows = [["", "seeds", *(COLUMNS[k] for k in keys)]]
     for name, runs in groups:
-        cells = [(mean_and_error(runs, k)) for k in keys]
+        cells = [mean_and_error(runs, k) for k in keys]
         rows.append([name, str(len(runs)), *(f"{m:.3f}" + ("" if e is None else f" ± {e:.3f}") for m, e in cells)])
     strengths = sorted({run["config"]["N"] for _, runs in groups for run in runs if run["config"]["objective"] != "rlhf"})
     for N in strengths:
@@ -85,7 +85,7 @@ def write_csv(path, runs):
 
 
 def plot(path, groups):
-    """Toy: exact KL(π_θ ‖ π_bon), and exact win rate against exact KL(π_θ ‖ π_ref), as training goes; a line per seed group."""
+    """Toy: exact KL(π_θ ‖ π_bon) as training goes, mean and range over seeds, and where each policy ends beside Best-of-N."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -96,19 +96,16 @@ def plot(path, groups):
         color, style = f"C{i}", "-" if "PPO" not in name else "--"
         curves = [[m for m in run["metrics"] if "exact/kl_to_bon" in m] for run in runs]
         episodes = [m["episode"] for m in min(curves, key=len)]
-        columns = {k: list(zip(*([m[k] for m in curve[:len(episodes)]] for curve in curves)))
-                   for k in ("exact/kl_to_bon", "exact/kl_to_ref", "exact/win_rate")}
-        mean = {k: [sum(v) / len(v) for v in column] for k, column in columns.items()}
-        left.plot(episodes, mean["exact/kl_to_bon"], style, color=color, label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
-        left.fill_between(episodes, [min(v) for v in columns["exact/kl_to_bon"]], [max(v) for v in columns["exact/kl_to_bon"]], color=color, alpha=0.2, lw=0)
-        right.plot(mean["exact/kl_to_ref"], mean["exact/win_rate"], style, color=color, alpha=0.5)
-        right.plot(mean["exact/kl_to_ref"][-1], mean["exact/win_rate"][-1], "o", color=color, label=name)
+        values = list(zip(*([m["exact/kl_to_bon"] for m in curve[:len(episodes)]] for curve in curves)))
+        left.plot(episodes, [sum(v) / len(v) for v in values], style, color=color, label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+        left.fill_between(episodes, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
+        right.plot([run["result"]["exact/kl_to_ref"] for run in runs], [run["result"]["exact/win_rate"] for run in runs],
+                   "o" if style == "-" else "D", color=color, alpha=0.7, ms=5, label=name)
     Ns = [1 + 0.05 * 1.1 ** i for i in range(90)]
-    limit = right.get_xlim()[1]
-    points = [(bon_kl(N), bon_win_rate(N)) for N in Ns if bon_kl(N) <= limit]
+    points = [(bon_kl(N), bon_win_rate(N)) for N in Ns if bon_kl(N) <= right.get_xlim()[1]]
     right.plot(*zip(*points), color="black", lw=1, label="Best-of-N, closed forms")
     left.set(yscale="log", xlabel="episodes", ylabel="exact KL(π_θ ‖ π_bon), nats", title="Distance to Best-of-N")
-    right.set(xlabel="exact KL(π_θ ‖ π_ref), nats", ylabel="exact win rate over π_ref", title="On the way there (dots: the end)", ylim=(0.48, 1))
+    right.set(xlabel="exact KL(π_θ ‖ π_ref), nats", ylabel="exact win rate over π_ref", title="Where training ends, one mark per seed")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -150,6 +150,15 @@ def test_rewards_vanish_at_N_1():
         torch.testing.assert_close(vbon.vbon_reward(log_F, log_p, 1, objective), torch.zeros(2).double(), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("objective", vbon.OBJECTIVES)
+def test_terminal_rewards_tell_responses_apart(objective):
+    """Also after the clip, for log-probabilities as long responses have them."""
+    args = vbon.Args(objective=objective, out="unused")
+    rewards, _ = vbon.terminal_reward(torch.tensor([0.2, 0.5, 0.9]).double(), torch.tensor([-2.0, -1.0, -0.1]).double(),
+                                      torch.tensor([-180.0, -180.0, -180.0]).double(), args)
+    assert rewards[0] < rewards[1] < rewards[2]
+
+
 # --- log F ------------------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +364,10 @@ TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_promp
 def toy(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("toy"))
     args = vbon.Args(**TOY, out="one")
-    return args, vbon.train(args), vbon.toy_task(args, DEVICE), Path.cwd()
+    result = vbon.train(args)
+    vbon.train(vbon.Args(**TOY, out="two"))
+    vbon.train(vbon.Args(**TOY, out="three", seed=1))
+    return args, result, vbon.toy_task(args, DEVICE), Path.cwd()
 
 
 def test_toy_is_enumerated_exactly(toy):
@@ -401,9 +413,6 @@ def test_toy_run_files(toy):
 def test_same_seed_same_run_and_saved_policy(toy):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     _, _, task, folder = toy
-    os.chdir(folder)
-    vbon.train(vbon.Args(**TOY, out="two"))
-    vbon.train(vbon.Args(**TOY, out="three", seed=1))
 
     def without_times(run):
         return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(folder / run / "metrics.jsonl")]
@@ -448,6 +457,11 @@ def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeyp
     with pytest.raises(vbon.UserError, match="temperature = 1.0, this run has 0.5"):
         vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl", "temperature": 0.5}), DEVICE)
     lines = Path("s.jsonl").read_text().splitlines()
+    foreign = "a note of mine\nthat is no file of samples"  # refused, and left as it is
+    Path("note.jsonl").write_text(foreign)
+    with pytest.raises(vbon.UserError, match="line 1 is damaged"):
+        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
+    assert Path("note.jsonl").read_text() == foreign
     for bad in ("not json", '{"split": "train"}', lines[1], lines[1].replace('"rewards": [', '"rewards": [NaN, ')):
         Path("s.jsonl").write_text("\n".join(lines[:2] + [bad]) + "\n")
         with pytest.raises(vbon.UserError, match="line 3 is damaged"):
@@ -586,7 +600,7 @@ def test_bad_pieces(pieces, tmp_path):
     write_lines(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "a prompt of more than 32 − 6 bytes"}])
     write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}, {"question": "y"}])
     before = sorted(os.listdir(tmp_path))
-    cases = [(dict(ref="no/such-model"), ["no/such-model", "--ref"]), (dict(reward="no/such-reward"), ["--reward"]),
+    cases = [(dict(reward=pieces / "ref"), ["lacks the weights"]), (dict(ref="no/such-model"), ["no/such-model", "--ref"]), (dict(reward="no/such-reward"), ["--reward"]),
              (dict(reward=tmp_path / "three/reward"), ["3 labels"]), (dict(ref=tmp_path / "no_eos/ref"), ["EOS"]),
              (dict(dataset=tmp_path / "missing.jsonl"), ["missing.jsonl", "no such file"]), (dict(dataset=tmp_path / "empty.jsonl"), ["0 training rows"]),
              (dict(dataset=tmp_path / "broken.jsonl"), ["line 2"]), (dict(dataset=tmp_path / "long.jsonl"), ["context of 32"]),

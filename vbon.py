@@ -5,7 +5,7 @@ Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and ke
 π_θ so that ONE sample from it is distributed like that best one: it minimizes KL(π_θ ‖ π_bon) with PPO.
 (Amini, Vieira, Ash, Cotterell: "Variational Best-of-N Alignment", ICLR 2025. Equation numbers below are theirs.)
 
-    python vbon.py                                     # toy: nothing to download, π_bon known exactly, one to two minutes
+    python vbon.py                                     # toy: nothing to download, π_bon known exactly, about two minutes
     python vbon.py --task imdb --N 16                  # the paper's sentiment task, from the Hugging Face hub
     python vbon.py --task imdb --N 16 --ref DIR --reward DIR --dataset DIR     # the same with your own pieces
     python vbon.py --objective rlhf --beta 0.1         # the baseline: KL-constrained RL with the same PPO
@@ -26,7 +26,7 @@ import random
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Callable
@@ -102,7 +102,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_or
             return ranks[:a.numel()].view(a.shape), ranks[a.numel():].view(b.shape)
         (r, ref_r), (o, ref_o) = rank(rewards, ref_rewards), rank(torch.as_tensor(order), torch.as_tensor(ref_order))
         rewards, ref_rewards = r * (o.numel() + ref_o.numel()) + o, ref_r * (o.numel() + ref_o.numel()) + ref_o
-    dtype = torch.result_type(rewards, ref_rewards)  # compared exactly: the narrower is widened, never the wider rounded
+    dtype = torch.promote_types(rewards.dtype, ref_rewards.dtype)  # compared exactly: the narrower is widened, never the wider rounded
     ascending = ref_rewards.to(dtype).sort(-1).values
     if ascending.ndim == 1:
         k = torch.searchsorted(ascending, rewards.to(dtype).contiguous())
@@ -155,7 +155,10 @@ def fit_log_F(ref_rewards):
         low, high = torch.where(go_left, low, left), torch.where(go_left, right, high)
     log_b = (low + high) / 2
     a, b = solve(log_b)[0], log_b.exp() / scale.squeeze(-1)
-    return a * torch.exp(b * r[..., 0]), b
+    a = a * torch.exp(b * r[..., 0])
+    if not a.isfinite().all():
+        raise ValueError("a = exp(b·r) overflows: the rewards lie far from 0 for their spread; subtract their mean first")
+    return a, b
 
 
 def smooth_log_F(rewards, a, b):
@@ -215,7 +218,7 @@ class Args:
     estimator: str = flag("how log F is read off the M samples", "add_one", ESTIMATORS)
     beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N")
 
-    ref: str = flag("reference model: a hub name or folder, any causal LM", imdb="lvwerra/gpt2-imdb")
+    ref: str = flag("reference model: a hub name or folder, any causal LM with a KV cache", imdb="lvwerra/gpt2-imdb")
     reward: str = flag("reward model: a hub name or folder, any classifier with one logit (the reward) or two "
                        "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb")
     dataset: str = flag("prompts: a hub name, a folder, or a .jsonl file, with a `prompt` field, or with a `text` field "
@@ -239,7 +242,7 @@ class Args:
     clip: float = flag("clip range of the policy ratio", 0.2)
     value_clip: float = flag("clip range of the value function", 0.2)
     value_coef: float = flag("weight of the value loss", 1.0)
-    reward_clip: float = flag("terminal rewards are clipped to ± this", 10.0)
+    reward_clip: float = flag("terminal rewards are clipped to ± this (not those of bound1, which hold log p)", 10.0)
     unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2)
 
     seed: int = flag("seed of training and of the final evaluation", 0)
@@ -270,11 +273,15 @@ class Args:
         for name in ("temperature", "lr", "reward_clip", "clip", "value_clip"):
             if not (0 < getattr(self, name) < math.inf):
                 raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        for name in ("gamma", "lam", "adam_beta2"):
-            if not (0 <= getattr(self, name) <= 1):
-                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}")
+        for name, highest in (("gamma", 1), ("lam", 1), ("adam_beta2", 0.9999999), ("weight_decay", 1e9), ("value_coef", 1e9)):
+            if not (0 <= getattr(self, name) <= highest):
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and {highest:g}, not {getattr(self, name)}")
         if self.objective == "rlhf" and not (self.beta is not None and 0 <= self.beta < math.inf):
             raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
+        if self.objective == "bound1" and self.estimator == "log_mean":
+            raise UserError("--estimator log_mean is −inf at k = 0, and bound1's rewards are not clipped: use add_one or posterior")
+        if self.task == "toy" and self.max_new_tokens > 4:
+            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
         if self.minibatch > self.rollouts or self.episodes < self.rollouts:
             raise UserError("need --minibatch ≤ --rollouts ≤ --episodes, "
                             f"not {self.minibatch}, {self.rollouts}, {self.episodes}")
@@ -405,7 +412,7 @@ def enumerate_log_p(lm, prompt_ids, args):
     prefixes, log_p, ended = torch.empty(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.double), []
     for _ in range(args.max_new_tokens):
         ids = torch.cat([torch.tensor(prompt_ids).expand(len(prefixes), -1), prefixes], 1)
-        step = torch.cat([next_token_log_probs(lm, chunk.to(device), args.temperature).double().cpu() for chunk in ids.split(8192)])
+        step = torch.cat([next_token_log_probs(lm, chunk.to(device), args.temperature).cpu().double() for chunk in ids.split(8192)])
         step = step + log_p.unsqueeze(1)
         ended.append(step[:, eos])
         log_p = step[:, :W].flatten()
@@ -453,9 +460,12 @@ def exact_optimum(world, ref_rewards, args):
 def exact_metrics(log_pi, world):
     """The exact distances, reward and win rate of a distribution log_pi (P, S) over all responses, averaged over prompts."""
     pi, ref = log_pi.exp(), world["log_ref"].exp()
+
+    def kl(log_q):  # 0 log 0 = 0
+        return torch.where(pi == 0, 0.0, pi * (log_pi - log_q)).sum(1).mean().item()
     return {
-        "exact/kl_to_bon": (pi * (log_pi - world["log_bon"])).nansum(1).mean().item(),
-        "exact/kl_to_ref": (pi * (log_pi - world["log_ref"])).nansum(1).mean().item(),
+        "exact/kl_to_bon": kl(world["log_bon"]),
+        "exact/kl_to_ref": kl(world["log_ref"]),
         "exact/reward": (pi * world["rewards"]).sum(1).mean().item(),
         "exact/win_rate": (pi * (world["log_F"].exp() + ref / 2)).sum(1).mean().item(),  # a tie counts half
     }
@@ -467,7 +477,12 @@ def exact_metrics(log_pi, world):
 def load(what, loader, name, **kwargs):
     """from_pretrained, with its many ways to fail told in one line."""
     try:
-        return loader.from_pretrained(name, **kwargs)
+        if not kwargs:
+            return loader.from_pretrained(name)
+        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:  # the library would make them up at random
+            raise UserError(f"--{what} {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}: it is no such model")
+        return model
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
@@ -507,13 +522,14 @@ def read_prompts(args, tokenizer, rng):
         if not os.path.exists(args.dataset):
             raise UserError(f"--dataset {args.dataset}: no such file")
         rows = []
-        with open(args.dataset, encoding="utf-8") as file:
+        with open(args.dataset, encoding="utf-8", errors="replace") as file:
             for i, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    rows.append({key: row[key] for key in ("prompt", "text") if isinstance(row.get(key), str)})
-                    assert rows[-1]
-                except (ValueError, AttributeError, AssertionError):
+                    rows.append({key: row[key] for key in ("prompt", "text") if key in row})
+                    if not all(isinstance(value, str) for value in rows[-1].values()) or not rows[-1]:
+                        raise ValueError
+                except (ValueError, AttributeError, TypeError):
                     raise UserError(f"--dataset {args.dataset}, line {i}: not an object with a string `prompt` or `text`") from None
         splits = {"train": rows}
     else:
@@ -543,16 +559,16 @@ def read_prompts(args, tokenizer, rng):
             if len(prompts) == number:
                 break
             row = rows[i]
-            if "prompt" in row:
+            if isinstance(row.get("prompt"), str):
                 prompts.append(row["prompt"])
-            elif "text" in row:
+            elif isinstance(row.get("text"), str):
                 ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
                 prompt = tokenizer.decode(ids)
                 # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
                 if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids:
                     prompts.append(prompt)
             else:
-                raise UserError(f"--dataset {args.dataset} has neither a `prompt` nor a `text` field, only {', '.join(row)}")
+                raise UserError(f"--dataset {args.dataset} has a row without a `prompt` or `text` that is a string, only {', '.join(row)}")
         if not prompts:
             raise UserError(f"--dataset {args.dataset} gave no prompt")
         return prompts
@@ -564,7 +580,9 @@ def read_prompts(args, tokenizer, rng):
 def classifier_rewards(model, tokenizer, texts, batch=128):
     """r(text) for each text: a single logit as it is, or the probability of the positive one of two labels."""
     if tokenizer.pad_token is None:
-        tokenizer.pad_token, model.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.truncation_side = "left"  # of a text that is too long the end counts: the response
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
     labels = {str(name).upper()[:3]: i for i, name in model.config.id2label.items()}
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
@@ -618,7 +636,8 @@ def sample_tokens(logits, uniforms):
     peak = logits.amax(-1, keepdim=True)
     cdf = (logits - peak).exp_().cumsum(-1)
     total = cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, uniforms.unsqueeze(1) * total, right=True).clamp_(max=logits.shape[1] - 1)
+    below = torch.nextafter(total, torch.zeros_like(total))  # u·total may round up to total, which no token reaches
+    tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
     return tokens.squeeze(1), (logits.gather(1, tokens) - peak - total.log()).squeeze(1)
 
 
@@ -627,7 +646,7 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     """Samples B = P·copies responses, `copies` to each of P prompts, and what training needs to know about them.
 
     prompts: P lists of token ids. uniforms (B, T): the random number behind each token, rows grouped by prompt; so a
-    response depends on its own row alone, whatever else is in the batch and whenever that finishes.
+    response depends on its own row alone (up to rounding), whatever else is in the batch and whenever that finishes.
     Returns tokens (B, T), mask (B, T) true up to and including EOS, log-probs and values (B, T), zero after it.
     Each prompt is read once and its cache shared out; rows leave the batch as soon as they end.
     """
@@ -679,7 +698,7 @@ def reference_rewards(task, args, device):
 
     Returns {(split, prompt): (M,) float64}. They stand in a JSONL file: a header that says what made them, then lines
     {"split", "prompt", "start", "responses", "rewards"}. A second run reads them; one with a larger M, or more prompts,
-    or one that was killed, adds what is missing. The samples of a prompt depend on --data-seed and the prompt alone.
+    or one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and the prompt alone. One run at a time may fill a file.
     """
     header = {"vbon_samples": 1, "task": args.task, "ref": fingerprint(task.ref),
               "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
@@ -746,10 +765,14 @@ def read_samples(path, header):
     """
     if not os.path.exists(path):
         return {}
-    with open(path, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    whole = content.rfind(b"\n") + 1
+    if content and not whole and not content.startswith(b'{"vbon_samples"'):
+        raise UserError(f"{path} is not a file of samples: pass another with --samples")
     lines, rewards = content[:whole].splitlines(), {}
     for number, line in enumerate(lines, 1):
         try:
@@ -762,18 +785,21 @@ def read_samples(path, header):
                 continue
             values = rewards.setdefault((entry["split"], entry["prompt"]), [])
             if entry["start"] != len(values) or len(entry["responses"]) != len(entry["rewards"]) \
-                    or not all(isinstance(r, float) and math.isfinite(r) for r in entry["rewards"]):
+                    or not all(type(r) in (int, float) and math.isfinite(r) for r in entry["rewards"]):
                 raise ValueError
             values += entry["rewards"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
+    if whole < len(content):
+        os.truncate(path, whole)
     return rewards
 
 
 def terminal_reward(scores, log_F, log_p, args):
     """What a response earns at its end, clipped, and the coefficient c of the per-token KL penalty that goes with it."""
     reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
-    return reward.clamp(-args.reward_clip, args.reward_clip), args.beta if args.objective == "rlhf" else 1 / args.N
+    limit = math.inf if args.objective == "bound1" else args.reward_clip  # its log p term is large for every response
+    return reward.clamp(-limit, limit), args.beta if args.objective == "rlhf" else 1 / args.N
 
 
 def autocast(args, device):
@@ -834,17 +860,19 @@ def token_log_probs(logits, tokens, temperature=1.0):
 def make_policy(ref, unfrozen_layers):
     """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
 
-    With K = unfrozen_layers ≥ 1 only the top K transformer layers and the final norm are trained; every other tensor is
+    With K = unfrozen_layers ≥ 1 only the top K transformer layers and what the model registers behind them (the final norm) are trained; every other tensor is
     frozen and shared with π_ref, not copied: the two models have one trunk. Raises UserError if there are fewer layers.
     """
     ref.requires_grad_(False)
-    owner, name = transformer_layers(ref)
-    layers = getattr(owner, name)
-    if unfrozen_layers != -1 and not 1 <= unfrozen_layers <= len(layers):
-        raise UserError(f"--unfrozen-layers {unfrozen_layers}: the model has {len(layers)} layers (−1 trains all)")
     if unfrozen_layers == -1:
         policy = copy.deepcopy(ref).requires_grad_(True)
     else:
+        owner, name = transformer_layers(ref)
+        layers = getattr(owner, name)
+        if not 1 <= unfrozen_layers <= len(layers):
+            raise UserError(f"--unfrozen-layers {unfrozen_layers}: the model has {len(layers)} layers (−1 trains all)")
+        if len(set(getattr(ref.config, "layer_types", None) or ())) > 1:  # masks then depend on a layer's place in the list
+            raise UserError("this model's layers are of several types, so that its trunk cannot be shared: pass --unfrozen-layers -1")
         children = list(owner.children())
         final_norm = children[children.index(layers) + 1:]  # whatever stands behind the layers
         trained = {id(p) for m in [*layers[-unfrozen_layers:], *final_norm] for p in m.parameters()}
@@ -902,7 +930,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     ref_rewards: (B, M), what estimates F for each prompt. Returns the phase's metrics.
     """
     device, B, T, K = generator.device, len(prompts), args.max_new_tokens, args.unfrozen_layers
-    clock, metrics = [time.perf_counter()], {}
+    clock = [time.perf_counter()]
 
     # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
     prompt_ids = [task.encode(p) for p in prompts]
@@ -919,16 +947,16 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     ref_log_probs, trunk = torch.empty_like(old_log_probs), []
     with torch.no_grad(), autocast(args, device):
         for rows in torch.arange(B, device=device).split(args.minibatch):
-            with trunk_output(ref, max(K, 1)) as stored:
+            with trunk_output(ref, K) if K > 0 else nullcontext([]) as stored:
                 logits, _ = forward(ref, ids[rows], ids_mask[rows], T + 1)
             ref_log_probs[rows] = token_log_probs(logits[:, :-1], tokens[rows], args.temperature) * mask[rows]
-            trunk += stored if K > 0 else []
+            trunk += stored
     trunk = torch.cat(trunk) if trunk else None
 
     # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
     scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
     log_F = estimate_log_F(scores, ref_rewards, args.estimator)
-    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.double().sum(1).cpu(), args)
+    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
     terminal, log_ratio = terminal.to(old_values), old_log_probs - ref_log_probs
     rewards = -kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal
@@ -961,11 +989,13 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 
     residual = masked_mean((returns - old_values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
+    if not math.isfinite(pg + vf):
+        raise UserError("the loss is no longer finite: pass a smaller --lr")
     finite = log_F[log_F.isfinite()]
     return {
         "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
         "objective/log_F": finite.mean().item() if len(finite) else None, "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
-        "objective/entropy": -old_log_probs.sum(1).mean().item(), "objective/length": mask.sum(1).double().mean().item(),
+        "objective/entropy": -old_log_probs.sum(1).mean().item(), "objective/length": mask.sum(1).float().mean().item(),
         "ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
         "ppo/explained_variance": 1 - residual.item(), "ppo/lr": optimizer.param_groups[0]["lr"],
         "time/rollout": clock[1] - clock[0], "time/score": clock[2] - clock[1], "time/update": clock[3] - clock[2],
