@@ -462,6 +462,10 @@ def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeyp
     with pytest.raises(vbon.UserError, match="line 1 is damaged"):
         vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
     assert Path("note.jsonl").read_text() == foreign
+    Path("note.jsonl").write_text("one line")
+    with pytest.raises(vbon.UserError, match="not a file of samples"):
+        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
+    assert Path("note.jsonl").read_text() == "one line"
     for bad in ("not json", '{"split": "train"}', lines[1], lines[1].replace('"rewards": [', '"rewards": [NaN, ')):
         Path("s.jsonl").write_text("\n".join(lines[:2] + [bad]) + "\n")
         with pytest.raises(vbon.UserError, match="line 3 is damaged"):
