@@ -428,8 +428,7 @@ def next_token_log_probs(lm, ids, temperature):
 
 def enumerate_responses(max_new_tokens):
     """Every response the toy's model can give: those of 0, 1, … words that EOS ended, then those cut off at the limit."""
-    lengths = list(range(max_new_tokens)) + [max_new_tokens]
-    return [" ".join(words) for length in lengths for words in itertools.product(TOY_WORDS, repeat=length)]
+    return [" ".join(words) for length in range(max_new_tokens + 1) for words in itertools.product(TOY_WORDS, repeat=length)]
 
 
 def exact_world(task, args):
@@ -984,7 +983,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
             with torch.no_grad():
                 step = (log_probs - old_log_probs[rows]) * mask[rows]
                 losses.append(torch.stack([pg, vf, masked_mean(torch.expm1(step) - step, mask[rows]),
-                                           masked_mean(((step.exp() - 1).abs() > args.clip).float(), mask[rows])]))
+                                           masked_mean((torch.expm1(step).abs() > args.clip).float(), mask[rows])]))
     clock.append(time.perf_counter())
 
     residual = masked_mean((returns - old_values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
