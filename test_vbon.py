@@ -439,13 +439,13 @@ def test_toy_learns_to_be_its_own_best_of_4(toy):
 def test_killed_sampling_resumes_and_larger_M_extends(toy, tmp_path, monkeypatch):
     args, _, task, _ = toy
     monkeypatch.chdir(tmp_path)
-    whole = vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE)
+    whole = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE)
     content = Path("whole.jsonl").read_bytes()
     for cut in (0, 10, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
         Path("cut.jsonl").write_bytes(content[:cut])
-        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "cut.jsonl"}), DEVICE)
+        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl"}), DEVICE)
         assert Path("cut.jsonl").read_bytes() == content
-    more = vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
+    more = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
     for (split, prompt), rewards in whole.items():
         assert torch.equal(more[split, prompt][:len(rewards)], rewards) and len(more[split, prompt]) == (50 if split == "train" else 20)
 
@@ -453,23 +453,23 @@ def test_killed_sampling_resumes_and_larger_M_extends(toy, tmp_path, monkeypatch
 def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeypatch):
     args, _, task, _ = toy
     monkeypatch.chdir(tmp_path)
-    vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
+    vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
     with pytest.raises(vbon.UserError, match="temperature = 1.0, this run has 0.5"):
-        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl", "temperature": 0.5}), DEVICE)
+        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl", "temperature": 0.5}), DEVICE)
     lines = Path("s.jsonl").read_text().splitlines()
     foreign = "a note of mine\nthat is no file of samples"  # refused, and left as it is
     Path("note.jsonl").write_text(foreign)
     with pytest.raises(vbon.UserError, match="line 1 is damaged"):
-        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
+        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
     assert Path("note.jsonl").read_text() == foreign
     Path("note.jsonl").write_text("one line")
     with pytest.raises(vbon.UserError, match="not a file of samples"):
-        vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
+        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
     assert Path("note.jsonl").read_text() == "one line"
     for bad in ("not json", '{"split": "train"}', lines[1], lines[1].replace('"rewards": [', '"rewards": [NaN, ')):
         Path("s.jsonl").write_text("\n".join(lines[:2] + [bad]) + "\n")
         with pytest.raises(vbon.UserError, match="line 3 is damaged"):
-            vbon.reference_rewards(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
+            vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
 
 
 def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypatch):
@@ -478,7 +478,7 @@ def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypat
     broken = vbon.Task(task.ref, task.tokenizer, lambda prompts, responses: [math.nan] * len(responses), task.encode,
                        task.train_prompts, task.test_prompts, "nan")
     with pytest.raises(vbon.UserError, match="nan for the prompt 'the acting was' with the response '"):
-        vbon.reference_rewards(broken, args, DEVICE)
+        vbon.reference_samples(broken, args, DEVICE)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -588,7 +588,7 @@ def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    result, _ = vbon.evaluate(policy, task, vbon.reference_rewards(task, args, DEVICE), args, DEVICE)
+    result, _ = vbon.evaluate(policy, task, vbon.reference_samples(task, args, DEVICE), args, DEVICE)
     world = vbon.exact_world(task, args)
     log_pi = torch.stack([vbon.enumerate_log_p(policy, p, args) for p in world["prompts"]])
     exact = vbon.exact_metrics(log_pi, world)

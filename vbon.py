@@ -103,7 +103,9 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_or
         (r, ref_r), (o, ref_o) = rank(rewards, ref_rewards), rank(torch.as_tensor(order), torch.as_tensor(ref_order))
         rewards, ref_rewards = r * (o.numel() + ref_o.numel()) + o, ref_r * (o.numel() + ref_o.numel()) + ref_o
     dtype = torch.promote_types(rewards.dtype, ref_rewards.dtype)  # compared exactly: the narrower is widened, never the wider rounded
-    ascending = ref_rewards.to(dtype).sort(-1).values
+    ascending = ref_rewards.to(dtype)
+    if (ascending[..., 1:] < ascending[..., :-1]).any():  # a caller that keeps them sorted pays for it once only
+        ascending = ascending.sort(-1).values
     if ascending.ndim == 1:
         k = torch.searchsorted(ascending, rewards.to(dtype).contiguous())
     else:
@@ -198,9 +200,9 @@ class UserError(Exception):
     """Something that the user can mend. `main` prints it as one line and exits with code 2."""
 
 
-def flag(help, default=None, choices=None, **per_task):
-    """A dataclass field with its help text; defaults that depend on the task are given by the task's name."""
-    return field(default=default, metadata={"help": help, "choices": choices, "per_task": per_task})
+def flag(help, default=None, choices=None, low=None, above=None, high=None, **per_task):
+    """A dataclass field with its help text and what it may be; defaults that depend on the task go by the task's name."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, above=above, high=high, per_task=per_task))
 
 
 def number(text):
@@ -213,36 +215,36 @@ def number(text):
 class Args:
     task: str = flag("what to align: toy (exact, nothing to download) or imdb (positive reviews)", "toy", ("toy", "imdb"))
     objective: str = flag("vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", "vbon", OBJECTIVES)
-    N: number = flag("the N of Best-of-N, any real number from 1", 16)
-    M: int = flag("samples of π_ref per training prompt that estimate F; vBoN ends about (N−1)/(4M) nats from BoN", 200)
+    N: number = flag("the N of Best-of-N, any real number from 1", 16, low=1, high=1e9)
+    M: int = flag("samples of π_ref per training prompt that estimate F; vBoN ends about (N−1)/(4M) nats from BoN", 200, low=1)
     estimator: str = flag("how log F is read off the M samples", "add_one", ESTIMATORS)
-    beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N")
+    beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N", low=0, high=1e9)
 
     ref: str = flag("reference model: a hub name or folder, any causal LM with a KV cache", imdb="lvwerra/gpt2-imdb")
     reward: str = flag("reward model: a hub name or folder, any classifier with one logit (the reward) or two "
                        "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb")
     dataset: str = flag("prompts: a hub name, a folder, or a .jsonl file, with a `prompt` field, or with a `text` field "
                         "to cut prefixes from", imdb="stanfordnlp/imdb")
-    train_prompts: int = flag("number of training prompts", toy=4, imdb=5000)
-    test_prompts: int = flag("number of test prompts", toy=512, imdb=512)
-    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", toy=1000, imdb=64)
-    max_new_tokens: int = flag("longest response, in tokens", toy=4, imdb=40)
-    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at this temperature", 1.0)
+    train_prompts: int = flag("number of training prompts", low=1, toy=4, imdb=5000)
+    test_prompts: int = flag("number of test prompts", low=1, toy=512, imdb=512)
+    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", low=1, toy=1000, imdb=64)
+    max_new_tokens: int = flag("longest response, in tokens", low=1, toy=4, imdb=40)
+    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at this temperature", 1.0, above=0)
 
-    episodes: int = flag("responses that PPO trains on in all", toy=163_840, imdb=80_000)
-    rollouts: int = flag("responses per PPO phase", toy=2048, imdb=128)
-    minibatch: int = flag("responses per gradient step", toy=256, imdb=32)
-    ppo_epochs: int = flag("passes over the responses of a phase", toy=2, imdb=4)
-    lr: float = flag("AdamW's learning rate", toy=1e-3, imdb=3e-5)
+    episodes: int = flag("responses that are trained on in all", toy=163_840, imdb=80_000)
+    rollouts: int = flag("responses per PPO phase", low=1, toy=2048, imdb=128)
+    minibatch: int = flag("responses per gradient step", low=1, toy=256, imdb=32)
+    ppo_epochs: int = flag("passes over the responses of a phase", low=1, toy=2, imdb=4)
+    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=3e-5)
     lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant")
-    adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95)
-    weight_decay: float = flag("AdamW's weight decay", 1e-6)
-    gamma: float = flag("discount", 1.0)
-    lam: float = flag("λ of generalized advantage estimation", toy=1.0, imdb=0.95)
-    clip: float = flag("clip range of the policy ratio", 0.2)
-    value_clip: float = flag("clip range of the value function", 0.2)
-    value_coef: float = flag("weight of the value loss", 1.0)
-    reward_clip: float = flag("terminal rewards are clipped to ± this (not those of bound1, which hold log p)", 10.0)
+    adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95, low=0, high=0.99999)
+    weight_decay: float = flag("AdamW's weight decay", 1e-6, low=0)
+    gamma: float = flag("discount", 1.0, low=0, high=1)
+    lam: float = flag("λ of generalized advantage estimation", low=0, high=1, toy=1.0, imdb=0.95)
+    clip: float = flag("clip range of the policy ratio", 0.2, above=0)
+    value_clip: float = flag("clip range of the value function", 0.2, above=0)
+    value_coef: float = flag("weight of the value loss", 1.0, low=0)
+    reward_clip: float = flag("terminal rewards are clipped to ± this (not those of bound1, which hold log p)", 10.0, above=0)
     unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2)
 
     seed: int = flag("seed of training and of the final evaluation", 0)
@@ -251,67 +253,68 @@ class Args:
     dtype: str = flag("arithmetic of the forward passes; weights stay float32", "float32", ("float32", "bfloat16"))
     out: str = flag("folder of this run; default runs/<task>-<objective>-…-seed<seed>")
     samples: str = flag("file of π_ref's scored samples, read and extended; default samples/<task>-<fingerprint>.jsonl")
-    eval_every: int = flag("toy: phases between exact evaluations", 10)
+    eval_every: int = flag("toy: phases between exact evaluations", 10, low=1)
     overwrite: bool = flag("replace a finished run in --out", False)
 
     def __post_init__(self):
+        self.started = time.perf_counter()
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
-                raise UserError(f"--{f.name.replace('_', '-')}: unknown value {value!r}; "
-                                f"choose from {', '.join(f.metadata['choices'])}")
+            name, value, may = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata
             if value is None:
-                setattr(self, f.name, f.metadata["per_task"].get(self.task))
-        if not (self.N >= 1 and math.isfinite(self.N)):
-            raise UserError(f"--N must be a number from 1, not {self.N}")
-        if self.beta is None:
-            self.beta = 1 / (self.N - 1) if self.N > 1 else None
-        for name in ("M", "test_M", "train_prompts", "test_prompts", "max_new_tokens", "rollouts", "minibatch", "ppo_epochs",
-                     "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("temperature", "lr", "reward_clip", "clip", "value_clip"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(self, name)}")
-        for name, highest in (("gamma", 1), ("lam", 1), ("adam_beta2", 0.9999999), ("weight_decay", 1e9), ("value_coef", 1e9)):
-            if not (0 <= getattr(self, name) <= highest):
-                raise UserError(f"--{name.replace('_', '-')} must be between 0 and {highest:g}, not {getattr(self, name)}")
-        if self.objective == "rlhf" and not (self.beta is not None and 0 <= self.beta < math.inf):
-            raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
-        if self.objective == "bound1" and self.estimator == "log_mean":
-            raise UserError("--estimator log_mean is −inf at k = 0, and bound1's rewards are not clipped: use add_one or posterior")
-        if self.task == "toy" and self.max_new_tokens > 4:
-            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
-        if self.minibatch > self.rollouts or self.episodes < self.rollouts:
-            raise UserError("need --minibatch ≤ --rollouts ≤ --episodes, "
-                            f"not {self.minibatch}, {self.rollouts}, {self.episodes}")
-        if self.task == "toy" and (self.ref or self.reward or self.dataset):
-            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
-        if self.out is None:
-            strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
-            self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+                value = may["per_task"].get(self.task)
+                setattr(self, f.name, value)
+            if may["choices"] and value not in may["choices"]:
+                raise UserError(f"{name}: unknown value {value!r}; choose from {', '.join(may['choices'])}")
+            low, above, high = may["low"], may["above"], may["high"]
+            if value is not None and (low, above) != (None, None) and not (
+                    (low is None or value >= low) and (above is None or value > above) and value <= (high or sys.float_info.max)):
+                raise UserError(f"{name} must be " + (f"at least {low}" if above is None else f"above {above}")
+                                + (f" and at most {high:g}" if high else "") + f", not {value}")
+        self.check()
         if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
             raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
 
+    def check(self):
+        """What must hold between flags, and the defaults that follow from others."""
+        if self.task == "toy" and self.max_new_tokens > 4:
+            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
+        if self.task == "toy" and (self.ref or self.reward or self.dataset):
+            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
+        if not self.minibatch <= self.rollouts <= self.episodes:
+            raise UserError(f"need --minibatch ≤ --rollouts ≤ --episodes, not {self.minibatch}, {self.rollouts}, {self.episodes}")
+        if self.beta is None and self.N > 1:
+            self.beta = 1 / (self.N - 1)
+        if self.objective == "rlhf" and self.beta is None:
+            raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
+        if self.objective == "bound1" and self.estimator == "log_mean":
+            raise UserError("--estimator log_mean is −inf at k = 0, and bound1's rewards are not clipped: use add_one or posterior")
+        if self.out is None:
+            strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
+            self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
-def parse_args(argv=None):
-    """The command line as an `Args`."""
-    parser = argparse.ArgumentParser(description="\n\n".join(__doc__.split("\n\n")[:3]),
+
+def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
+    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those not offered."""
+    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def one_line(message):
         raise UserError(message + " (see --help)")
     parser.error = one_line
     for f in fields(Args):
+        if f.name in hidden:
+            continue
         default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
         help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
         if f.type is bool:
             kind = {"action": "store_true"}
         else:
             choices = f.metadata["choices"]
-            kind = {"type": f.type, "default": f.default,
-                    "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
+            kind = {"type": f.type, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
+        if f.name == positional:
+            parser.add_argument(f.name, help=help, **kind)
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), help=help, default=f.default, **kind)
     return Args(**vars(parser.parse_args(argv)))
 
 
@@ -374,32 +377,39 @@ def write_verdict(noun, rng):
     return first + (" and " if WARMTH[first] * WARMTH[second] > 0 else " but ") + second
 
 
-def toy_task(args, device):
-    """Trains the toy's π_ref on verdicts, in a few seconds."""
+@cache
+def toy_reference(data_seed, device):
+    """The toy's π_ref and its tokenizer: a tiny GPT-2, trained on verdicts in a few seconds, once per process."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     eos = len(TOY_WORDS)
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOY_WORDS + ["."])}, unk_token="."))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".")
-    torch.manual_seed(args.data_seed)
+    torch.manual_seed(data_seed)
     lm = GPT2LMHeadModel(GPT2Config(
         vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos,
         activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
-    rng, steps = random.Random(args.data_seed), 200
+    rng, steps = random.Random(data_seed), 200
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
     labels = ids.masked_fill(~mask, -100)
     labels[:, :3] = -100  # the prompt is given
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for rows in tqdm(torch.randint(len(corpus), (steps, 256)).to(device), desc="training toy's π_ref", leave=False):
         loss = lm(input_ids=ids[rows], attention_mask=mask[rows].long(), labels=labels[rows]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(), schedule.step()
+    return lm.eval(), tokenizer
+
+
+def toy_task(args, device):
+    """π_ref, warmth as the reward, and one prompt for each noun."""
+    lm, tokenizer = toy_reference(args.data_seed, device)
     prompts = [f"the {noun} was" for noun in KINDNESS]
-    return Task(lm.eval(), tokenizer, lambda prompts, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
+    return Task(lm, tokenizer, lambda prompts, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
                 train_prompts=prompts, test_prompts=[prompts[i % len(prompts)] for i in range(args.test_prompts)], reward_id="warmth")
 
 
@@ -490,15 +500,12 @@ def load(what, loader, name, **kwargs):
 
 def imdb_task(args, device):
     """π_ref, a sentiment classifier as the reward, and the first 2–8 tokens of reviews as prompts (§5; any pieces do)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = load("ref", AutoTokenizer, args.ref)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of --ref {args.ref} has no EOS token, so no response could end: set its eos_token")
     ref = load("ref", AutoModelForCausalLM, args.ref, dtype=torch.float32).to(device).eval()
-    classifier_tokenizer = load("reward", AutoTokenizer, args.reward)
-    classifier = load("reward", AutoModelForSequenceClassification, args.reward, dtype=torch.float32).to(device).eval()
-    if classifier.config.num_labels not in (1, 2):
-        raise UserError(f"--reward {args.reward} has {classifier.config.num_labels} labels; a reward has 1 logit or 2 labels")
+    score, reward_id = load_reward(args.reward, device)
     rng = random.Random(args.data_seed)
     train, test = read_prompts(args, tokenizer, rng)
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
@@ -510,9 +517,20 @@ def imdb_task(args, device):
             raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's "
                             f"context of {context}: {prompt[:60]!r}…")
 
+    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id)
+
+
+def load_reward(name, device):
+    """A sequence classifier as a function (prompts, responses) -> rewards, and the fingerprint of its weights."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = load("reward", AutoTokenizer, name)
+    classifier = load("reward", AutoModelForSequenceClassification, name, dtype=torch.float32).to(device).eval()
+    if classifier.config.num_labels not in (1, 2):
+        raise UserError(f"--reward {name} has {classifier.config.num_labels} labels; a reward has 1 logit or 2 labels")
+
     def score(prompts, responses):  # of the whole review, as a reader sees it
-        return classifier_rewards(classifier, classifier_tokenizer, [p + r for p, r in zip(prompts, responses)])
-    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id=fingerprint(classifier))
+        return classifier_rewards(classifier, tokenizer, [p + r for p, r in zip(prompts, responses)])
+    return score, fingerprint(classifier)
 
 
 def read_prompts(args, tokenizer, rng):
@@ -692,19 +710,21 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def reference_rewards(task, args, device):
-    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt.
+def reference_samples(task, args, device, keep_tokens=False):
+    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt, in ascending order.
 
-    Returns {(split, prompt): (M,) float64}. They stand in a JSONL file: a header that says what made them, then lines
-    {"split", "prompt", "start", "responses", "rewards"}. A second run reads them; one with a larger M, or more prompts,
-    or one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and the prompt alone. One run at a time may fill a file.
+    Returns {(split, prompt): (M,) float64}; with keep_tokens {(split, prompt): (rewards in the order drawn, list of lists of
+    token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them, then lines {"split",
+    "prompt", "start", "responses", "rewards", "tokens"}. A second run reads them; one with a larger M, or more prompts, or
+    one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and the prompt alone.
+    One run at a time may fill a file.
     """
-    header = {"vbon_samples": 1, "task": args.task, "ref": fingerprint(task.ref),
+    header = {"vbon_samples": 2, "task": args.task, "ref": fingerprint(task.ref),
               "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
               "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
               "data_seed": args.data_seed}
     path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
-    rewards = read_samples(path, header)
+    rewards, tokens = read_samples(path, header, keep_tokens)
     wanted = [("train", p, args.M) for p in dict.fromkeys(task.train_prompts)]
     wanted += [("test", p, args.test_M) for p in dict.fromkeys(task.test_prompts)]
     have = {key: len(values) for key, values in rewards.items()}
@@ -717,34 +737,44 @@ def reference_rewards(task, args, device):
         with tqdm(total=missing, desc=f"π_ref's samples -> {path}", unit="") as bar:
             for split, prompt, M in todo:
                 start = have.get((split, prompt), 0)
-                responses = sample_reference(task, args, device, split, prompt, start, M)
+                responses, ids = sample_reference(task, args, device, split, prompt, start, M)
                 new = checked_scores(task, [prompt] * len(responses), responses)
-                line = {"split": split, "prompt": prompt, "start": start, "responses": responses, "rewards": new}
+                line = {"split": split, "prompt": prompt, "start": start, "responses": responses, "rewards": new, "tokens": ids}
                 with open(path, "a", encoding="utf-8") as file:
                     if file.tell() == 0:
                         file.write(json.dumps(header) + "\n")
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 rewards.setdefault((split, prompt), []).extend(new)
+                tokens.setdefault((split, prompt), []).extend(ids if keep_tokens else [])
                 bar.update(M - start)
-    return {(split, p): torch.tensor(rewards[split, p][:M], dtype=torch.double) for split, p, M in wanted}
+
+    def first(split, prompt, M):
+        r = torch.tensor(rewards[split, prompt][:M], dtype=torch.double)
+        return (r, tokens[split, prompt][:M]) if keep_tokens else r.sort().values
+    return {(split, p): first(split, p, M) for split, p, M in wanted}
 
 
 def sample_reference(task, args, device, split, prompt, start, M, batch=512):
-    """Responses number start … M−1 of π_ref to one prompt, as texts."""
+    """Responses number start … M−1 of π_ref to one prompt: texts, and token ids with EOS."""
     seed = int.from_bytes(hashlib.sha256(f"{args.data_seed} {split} {prompt}".encode()).digest()[:8], "big")
     uniforms = np.random.default_rng(seed).random((M, args.max_new_tokens), dtype=np.float32)[start:]
-    texts = []
+    texts, ids = [], []
     for rows in torch.from_numpy(uniforms).split(batch):
         with autocast(args, device):
             tokens, mask, _, _ = generate(task.ref, [task.encode(prompt)], rows.to(device),
                                           task.tokenizer.eos_token_id, args.temperature)
-        texts += decode(task.tokenizer, tokens, mask)
-    return texts
+        texts += decode(task, [prompt] * len(tokens), tokens, mask)
+        ids += [t[m].tolist() for t, m in zip(tokens.cpu(), mask.cpu())]
+    return texts, ids
 
 
-def decode(tokenizer, tokens, mask):
-    """Responses as texts, without EOS."""
-    return [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(tokens.cpu(), mask.cpu())]
+def decode(task, prompts, tokens, mask):
+    """Responses as texts without EOS, just as they follow the prompt: some tokenizers drop a leading space otherwise."""
+    def text(ids):
+        return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
+    rows = zip(prompts, tokens.tolist(), mask.sum(1).tolist())
+    return [text(starts[p][0] + row[:length])[starts[p][1]:] for p, row, length in rows]
 
 
 def checked_scores(task, prompts, responses):
@@ -756,14 +786,15 @@ def checked_scores(task, prompts, responses):
     return scores
 
 
-def read_samples(path, header):
-    """{(split, prompt): list of rewards} from a file of samples; empty if there is none yet.
+def read_samples(path, header, keep_tokens=False):
+    """{(split, prompt): list of rewards} and the like of token ids from a file of samples; empty if there is none yet.
 
     Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
     line break was being written when a run was killed: it is cut off and drawn again.
     """
+    rewards, tokens = {}, {}
     if not os.path.exists(path):
-        return {}
+        return rewards, tokens
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -772,8 +803,7 @@ def read_samples(path, header):
     whole = content.rfind(b"\n") + 1
     if not whole and not json.dumps(header).encode().startswith(content):  # not even our own header, torn
         raise UserError(f"{path} is not a file of samples: pass another with --samples")
-    lines, rewards = content[:whole].splitlines(), {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             entry = json.loads(line)
             if number == 1:
@@ -782,16 +812,19 @@ def read_samples(path, header):
                         raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
                                         "pass another file with --samples, or remove it")
                 continue
-            values = rewards.setdefault((entry["split"], entry["prompt"]), [])
-            if entry["start"] != len(values) or len(entry["responses"]) != len(entry["rewards"]) \
+            key = entry["split"], entry["prompt"]
+            values = rewards.setdefault(key, [])
+            if entry["start"] != len(values) or not len(entry["responses"]) == len(entry["rewards"]) == len(entry["tokens"]) \
                     or not all(type(r) in (int, float) and math.isfinite(r) for r in entry["rewards"]):
                 raise ValueError
             values += entry["rewards"]
+            if keep_tokens:
+                tokens.setdefault(key, []).extend(entry["tokens"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
     if whole < len(content):
         os.truncate(path, whole)
-    return rewards
+    return rewards, tokens
 
 
 def terminal_reward(scores, log_F, log_p, args):
@@ -937,7 +970,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     with autocast(args, device):
         tokens, mask, old_log_probs, old_values = generate(
             policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
-    responses = decode(task.tokenizer, tokens, mask)
+    responses = decode(task, prompts, tokens, mask)
     clock.append(time.perf_counter())
 
     # π_ref's log-probs of the same tokens. Where the trunk is shared, its activations are kept for the updates.
@@ -1008,40 +1041,46 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 
 
 @torch.no_grad()
-def evaluate(policy, task, ref_rewards, args, device):
-    """One response of π_θ to each test prompt: mean reward, win rate against π_ref (ties count half) and KL(π_θ ‖ π_ref).
+def sample_policy(policy, task, args, device):
+    """One response of π_θ to each test prompt, and three estimates per prompt of KL(π_θ ‖ π_ref), all of the same mean:
 
-    The KL is summed over the vocabulary at every token of the response, (Σ_t KL of the next-token distributions), which has
-    the mean of the sampled log-ratio and far less variance. Each figure has its standard error over prompts; π_ref's own
-    and Best-of-N's stand beside them, from the test_M stored samples. Returns metrics and the samples.
+    "kl_to_ref"        Σ_t KL of the next-token distributions, summed over the vocabulary: exact at every token
+    "kl_to_ref_plain"  Σ_t log π_θ(y_t) − log π_ref(y_t) of the sampled tokens
+    "kl_to_ref_k3"     Σ_t e^{−x} − 1 + x with x that difference (Schulman's k3): positive, but of heavy tail
     """
     generator = torch.Generator(device).manual_seed(args.seed)
     eos, T = task.tokenizer.eos_token_id, args.max_new_tokens
-    responses, kls = [], []
-    for start in range(0, len(task.test_prompts), args.minibatch):
-        prompt_ids = [task.encode(p) for p in task.test_prompts[start:start + args.minibatch]]
+    responses, kls = [], {"kl_to_ref": [], "kl_to_ref_plain": [], "kl_to_ref_k3": []}
+    for start in tqdm(range(0, len(task.test_prompts), args.minibatch), desc="test", leave=False):
+        prompts = task.test_prompts[start:start + args.minibatch]
+        prompt_ids = [task.encode(p) for p in prompts]
         with autocast(args, device):
-            tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompt_ids), T, generator=generator, device=device),
+            tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompts), T, generator=generator, device=device),
                                           eos, args.temperature)
             left, left_mask = pad(prompt_ids, eos, "left", device)
             inputs = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1), T + 1
             log_pi, log_ref = (forward(lm, *inputs)[0][:, :-1].div(args.temperature).log_softmax(-1)
                                for lm in (policy, task.ref))
-        kls += (torch.sum(log_pi.exp() * (log_pi - log_ref), -1) * mask).sum(1).tolist()
-        responses += decode(task.tokenizer, tokens, mask)
+        x = (log_pi - log_ref).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        for name, per_token in (("kl_to_ref", torch.sum(log_pi.exp() * (log_pi - log_ref), -1)), ("kl_to_ref_plain", x),
+                                ("kl_to_ref_k3", torch.expm1(-x) + x)):
+            kls[name] += torch.where(mask, per_token, 0.0).sum(1).tolist()
+        responses += decode(task, prompts, tokens, mask)
+    return responses, kls
+
+
+def judge(task, responses, kls, ref_rewards, extra):
+    """Test metrics of one response to each test prompt: mean reward, win rate against π_ref's samples (ties count half)
+    and the KL, each with its standard error over prompts, π_ref's own reward, and whatever is in `extra`; and the samples."""
     scores = checked_scores(task, task.test_prompts, responses)
     r, ref = torch.tensor(scores, dtype=torch.double).unsqueeze(1), torch.stack([ref_rewards["test", p] for p in task.test_prompts])
-    figures = {"reward": r.squeeze(1), "win_rate": ((r > ref).double() + 0.5 * (r == ref)).mean(1),
-               "kl_to_ref": torch.tensor(kls, dtype=torch.double), "ref/reward": ref.mean(1)}
-    if args.N == int(args.N) and args.N <= ref.shape[1]:
-        groups = ref.shape[1] // args.N
-        figures["bon/reward"] = ref[:, :groups * args.N].view(-1, groups, args.N).amax(-1).mean(1)
     metrics = {}
-    for name, x in figures.items():
+    for name, x in {"reward": r, "win_rate": (r > ref).double() + 0.5 * (r == ref), **kls, "ref/reward": ref}.items():
+        x = torch.as_tensor(x, dtype=torch.double).view(len(scores), -1).mean(1)
         metrics[name], metrics[name + "_se"] = x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
     samples = [{"prompt": p, "response": y, "reward": s, "kl_to_ref": k, "ref_reward": f}
-               for p, y, s, k, f in zip(task.test_prompts, responses, scores, kls, ref.mean(1).tolist())]
-    return metrics, samples
+               for p, y, s, k, f in zip(task.test_prompts, responses, scores, kls["kl_to_ref"], ref.mean(1).tolist())]
+    return metrics | extra, samples
 
 
 def write_whole(path, text):
@@ -1084,59 +1123,105 @@ def show_responses(title, world, log_pi, args):
         print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
-def train(args):
-    """The whole run (Algorithm 1). Returns what it writes to result.json."""
+def begin(args):
+    """The device, the task and, for the toy, its exact world, with the table's head printed."""
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
     logging.disable_progress_bar()
     device = pick_device(args.device)
-    start_time = time.perf_counter()
     task = (toy_task if args.task == "toy" else imdb_task)(args, device)
-    torch.manual_seed(args.seed)
-    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
     print(f"{args.task}: {sum(p.numel() for p in task.ref.parameters()):,} parameters on {device}, "
           f"{len(task.train_prompts)} training and {len(task.test_prompts)} test prompts")
-    ref_rewards = reference_rewards(task, args, device)
+    return device, task
 
-    # From here on the input is known to be good: the run's folder is made.
+
+def open_run(args, task):
+    """Called once the input is known to be good: makes the run's folder; for the toy computes its exact world and prints it."""
     os.makedirs(args.out, exist_ok=True)
     for name in ("metrics.jsonl", "result.json", "samples.jsonl"):
         if os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
+    if args.task != "toy":
+        return None
+    world = exact_world(task, args)
+    print(f"toy: all {len(world['responses']):,} responses to each of {len(world['prompts'])} prompts enumerated, "
+          f"{time.perf_counter() - args.started:.0f} s\n\n"
+          "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
+    print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
+    print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
+    return world
 
-    world, exact = None, {}
-    if args.task == "toy":
-        world = exact_world(task, args)
 
-        def policy_log_p():
-            return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
-        print(f"toy: all {len(world['responses']):,} responses to each of {len(world['prompts'])} prompts enumerated, "
-              f"{time.perf_counter() - start_time:.0f} s\n\n"
-              "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
-        print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
-        print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
+def close_run(args, task, world, metrics, samples, policy=None):
+    """Writes the test metrics, samples and policy, result.json last: it marks the run as finished. Shows what came out."""
+    result = {"task": args.task, "objective": args.objective, "N": args.N, "beta": args.beta, "M": args.M, "seed": args.seed,
+              "seconds": round(time.perf_counter() - args.started, 1)} | metrics
+    if policy is not None:
+        save_policy(policy, task.tokenizer, f"{args.out}/policy")
+    write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
+    if world and policy is not None:
+        show_responses("before: π_ref (reward)", world, world["log_ref"], args)
+        show_responses("after: π_θ, one sample each", world, enumerate_policy(policy, world, args), args)
+        show_responses(f"the real Best-of-{args.N}", world, world["log_bon"], args)
+    else:
+        for s in samples[:4]:
+            print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
+
+    def pm(key, scale=1, digits=3):
+        return f"{scale * result[key]:.{digits}f} ± {scale * (result[key + '_se'] or 0):.{digits}f}"
+    print(f"\ntest, ± standard error over prompts (and Best-of-{args.N}):\n"
+          f"  reward      {pm('reward')}  (π_ref {result['ref/reward']:.3f})\n"
+          f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
+          f"  KL to π_ref {pm('kl_to_ref')} nats  (≤ {bon_kl(args.N):.3f})\n"
+          f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}   [{result['seconds']:.0f} s]")
+    return result
+
+
+def enumerate_policy(policy, world, args):
+    """log π_θ of every response to every toy prompt, (P, S)."""
+    return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
+
+
+def set_lr(optimizer, args, progress):
+    """The learning rate after this share of training."""
+    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
+
+
+def shuffled(items, rng):
+    """Endless: every item once, in random order, before any comes twice."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def train(args):
+    """The whole run (Algorithm 1). Returns what it writes to result.json."""
+    device, task = begin(args)
+    torch.manual_seed(args.seed)
+    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
+    sampling = time.perf_counter()
+    ref_rewards = reference_samples(task, args, device)
+    sampling = time.perf_counter() - sampling
+    world, exact = open_run(args, task), {}
+    if world:
         optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
         print(exact_row("what training aims at", optimum))
 
     phases = args.episodes // args.rollouts
     trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay)
-    generator, order = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    queue = []
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
     with (open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log,
           tqdm(total=phases * args.rollouts, desc="PPO", unit="ep") as bar):
         for phase in range(phases):
-            while len(queue) < args.rollouts:  # every prompt once before any comes twice
-                queue += order.sample(task.train_prompts, len(task.train_prompts))
-            prompts, queue = queue[:args.rollouts], queue[args.rollouts:]
-            if args.lr_schedule == "linear":
-                optimizer.param_groups[0]["lr"] = args.lr * (1 - phase / phases)
+            set_lr(optimizer, args, phase / phases)
+            prompts = list(itertools.islice(prompt_stream, args.rollouts))
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
             metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
                 policy, value_head, task.ref, optimizer, task, prompts, prompt_rewards, args, generator)
             if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
-                exact = exact_metrics(policy_log_p(), world)
+                exact = exact_metrics(enumerate_policy(policy, world, args), world)
                 metrics |= exact
                 tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
             log.write(json.dumps(metrics) + "\n")
@@ -1145,31 +1230,10 @@ def train(args):
                              "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
             bar.update(args.rollouts)
 
-    result, samples = evaluate(policy, task, ref_rewards, args, device)
+    extra = {"episodes": phases * args.rollouts, "seconds_sampling": round(sampling, 1)} | exact
     if world:
-        exact |= {"exact/kl_to_bon_of_optimum": optimum["exact/kl_to_bon"]}
-    result = {"task": args.task, "objective": args.objective, "N": args.N, "beta": args.beta, "M": args.M, "seed": args.seed,
-              "episodes": phases * args.rollouts, "seconds": round(time.perf_counter() - start_time, 1)} | result | exact
-    save_policy(policy, task.tokenizer, f"{args.out}/policy")
-    write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-    write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")  # last: it marks the run as finished
-
-    if world:
-        show_responses("before: π_ref (reward)", world, world["log_ref"], args)
-        show_responses("after: π_θ, one sample each", world, policy_log_p(), args)
-        show_responses(f"the real Best-of-{args.N}", world, world["log_bon"], args)
-    else:
-        for s in samples[:4]:
-            print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
-    def pm(key, scale=1, digits=3):
-        return f"{scale * result[key]:.{digits}f} ± {scale * (result[key + '_se'] or 0):.{digits}f}"
-    print(f"\ntest, ± standard error over prompts (and Best-of-{args.N}):\n"
-          f"  reward      {pm('reward')}  (" + (f"{result['bon/reward']:.3f}; " if "bon/reward" in result else "")
-          + f"π_ref {result['ref/reward']:.3f})\n"
-          f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
-          f"  KL to π_ref {pm('kl_to_ref')} nats  (≤ {bon_kl(args.N):.3f})\n"
-          f"{args.out}: config.json, metrics.jsonl, samples.jsonl, result.json, policy/   [{result['seconds']:.0f} s]")
-    return result
+        extra["exact/kl_to_bon_of_optimum"] = optimum["exact/kl_to_bon"]
+    return close_run(args, task, world, *judge(task, *sample_policy(policy, task, args, device), ref_rewards, extra), policy)
 
 
 def main(argv=None):
