@@ -110,8 +110,8 @@ class Args(vbon.Args):
             raise UserError(f"--N must be a whole number here, not {self.N}: so many responses are drawn")
         if self.minibatch > self.episodes:
             raise UserError(f"need --minibatch ≤ --episodes, not {self.minibatch}, {self.episodes}")
-        if self.objective in ("bon-sft", "bonbon", "dpo"):
-            self.M = max(self.M, DPO_RESPONSES if self.objective == "dpo" else int(self.N))
+        least = {"bon": 1, "dpo": DPO_RESPONSES}.get(self.objective, int(self.N))
+        self.M = least if self.objective == "bon" else max(self.M, least)  # bon learns nothing: it needs no training samples
         strength = {"dpo": f"beta{self.beta:g}-M{self.M}", "bon": f"N{self.N}"}.get(self.objective, f"N{self.N}-M{self.M}")
         self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
@@ -190,7 +190,6 @@ def train(args):
     device, task = vbon.begin(args)
     torch.manual_seed(args.seed)
     if args.objective == "bon":
-        args.M = 1  # nothing is learnt: no training samples are needed
         ref_rewards = vbon.reference_samples(task, args, device)
         world = vbon.open_run(args, task)
         exact = vbon.exact_metrics(world["log_bon"], world) if world else {}
@@ -244,9 +243,13 @@ def train(args):
     return vbon.close_run(args, task, world, *vbon.judge(task, *vbon.sample_policy(policy, task, args, device), ref_rewards, extra), policy)
 
 
+def parse_args(argv=None):
+    return vbon.parse_args(argv, Args, __doc__, positional="objective", hidden=PPO_ONLY)
+
+
 def main(argv=None):
     try:
-        train(vbon.parse_args(argv, Args, __doc__, positional="objective", hidden=PPO_ONLY))
+        train(parse_args(argv))
     except UserError as error:
         print(f"bon_baselines.py: {error}", file=sys.stderr)
         return 2
