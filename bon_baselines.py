@@ -8,7 +8,9 @@
     python bon_baselines.py dpo --task imdb            # the same on the sentiment task; --ref, --reward, --dataset as in vbon.py
     python bon_baselines.py --help
 
-The fifth, PPO on the reward itself, is `python vbon.py --objective rlhf`.
+The fifth, PPO on the reward itself, is `python vbon.py --objective rlhf`. All of vbon.py's flags are understood, so that one
+line of them serves every method; those of PPO's loop have no effect here.
+
 The losses come first and are pure functions of tensors. They take log-probabilities of whole responses, in nats: of a
 prompt's response under the policy or the reference model, summed over its tokens, EOS included and prompt not. All
 methods learn from the scored samples of π_ref that vbon.py keeps, so that N needs new samples only where it is above M.

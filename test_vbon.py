@@ -1,4 +1,4 @@
-"""Tests of vbon.py and evaluate.py:  python -m pytest test_vbon.py
+"""Tests of vbon.py, bon_baselines.py and evaluate.py:  python -m pytest test_vbon.py
 
 The mathematics is held against brute force, 50-digit arithmetic and simulation; the training code against the library's
 forward passes and hand-worked cases; the command line as a user would call it, offline, on small models made here.
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import bon_baselines
 import evaluate
 import vbon
 
@@ -439,15 +440,18 @@ def test_toy_learns_to_be_its_own_best_of_4(toy):
 def test_killed_sampling_resumes_and_larger_M_extends(toy, tmp_path, monkeypatch):
     args, _, task, _ = toy
     monkeypatch.chdir(tmp_path)
-    whole = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE)
+    whole = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE, keep_tokens=True)
     content = Path("whole.jsonl").read_bytes()
     for cut in (0, 10, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
         Path("cut.jsonl").write_bytes(content[:cut])
         vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl"}), DEVICE)
         assert Path("cut.jsonl").read_bytes() == content
-    more = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
-    for (split, prompt), rewards in whole.items():
-        assert torch.equal(more[split, prompt][:len(rewards)], rewards) and len(more[split, prompt]) == (50 if split == "train" else 20)
+    more = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE, keep_tokens=True)
+    for (split, prompt), (rewards, tokens) in whole.items():
+        assert torch.equal(more[split, prompt][0][:len(rewards)], rewards) and more[split, prompt][1][:len(tokens)] == tokens
+        assert len(more[split, prompt][0]) == len(more[split, prompt][1]) == (50 if split == "train" else 20)
+    again = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
+    assert all(torch.equal(again[key], rewards.sort().values) for key, (rewards, _) in more.items())
 
 
 def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeypatch):
@@ -580,19 +584,21 @@ def test_own_models_and_prompts(pieces, tmp_path, monkeypatch, objective):
 
 
 def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch):
-    """evaluate()'s sum over the vocabulary has the mean of the plain log-ratio estimate."""
+    """Three estimates of one mean: the sum over the vocabulary has the least variance, k3 the most."""
     monkeypatch.chdir(tmp_path)
-    args = vbon.Args(task="toy", max_new_tokens=3, test_prompts=400, test_M=5, M=5)
+    args = vbon.Args(task="toy", max_new_tokens=3, test_prompts=2000, test_M=5, M=5)
     task = vbon.toy_task(args, DEVICE)
     policy = vbon.make_policy(task.ref, -1)[0]
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    result, _ = vbon.evaluate(policy, task, vbon.reference_samples(task, args, DEVICE), args, DEVICE)
+    result, _ = vbon.judge(task, *vbon.sample_policy(policy, task, args, DEVICE), vbon.reference_samples(task, args, DEVICE), {})
     world = vbon.exact_world(task, args)
     log_pi = torch.stack([vbon.enumerate_log_p(policy, p, args) for p in world["prompts"]])
     exact = vbon.exact_metrics(log_pi, world)
-    assert result["kl_to_ref"] == pytest.approx(exact["exact/kl_to_ref"], abs=4 * result["kl_to_ref_se"])
+    for name in ("kl_to_ref", "kl_to_ref_plain", "kl_to_ref_k3"):
+        assert result[name] == pytest.approx(exact["exact/kl_to_ref"], abs=4 * result[name + "_se"])
+    assert result["kl_to_ref_se"] < 0.8 * min(result["kl_to_ref_plain_se"], result["kl_to_ref_k3_se"])
     assert result["reward"] == pytest.approx(exact["exact/reward"], abs=4 * result["reward_se"])
 
 
@@ -674,20 +680,261 @@ def test_imdb_on_real_models_and_reviews(tmp_path):
     assert 0.2 < json.load(open(tmp_path / "run/result.json"))["ref/reward"] < 0.8
 
 
+# --- bon_baselines.py -------------------------------------------------------------------------------------------------
+
+
+def test_best_of_n_and_its_expectation_by_brute_force():
+    assert bon_baselines.best_of_n(torch.tensor([[1.0, 5.0, 2.0], [3.0, 3.0, 0.0]])).tolist() == [1, 0]
+    rewards = torch.tensor([[0.3, -2.0, 0.3, 7.0, 1.0, -0.5, 2.5], [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, -1.0]]).double()
+    for N in range(1, 8):
+        expected = rewards[:, list(itertools.combinations(range(7), N))].amax(-1).mean(-1)
+        torch.testing.assert_close(bon_baselines.expected_best_of_n(rewards, N), expected, rtol=1e-12, atol=1e-12)
+    for N in (0, 8, 2.5):
+        with pytest.raises(ValueError, match="from 1 to M"):
+            bon_baselines.expected_best_of_n(rewards, N)
+
+
+@pytest.mark.parametrize("N", [1, 2, 1000, 50_000, 100_000])
+def test_expected_best_of_n_is_stable_for_many_rewards(N):
+    """Of the numbers 1 … M the highest of N without replacement is N(M+1)/(N+1) on average."""
+    M = 100_000
+    value = bon_baselines.expected_best_of_n(torch.arange(1, M + 1)[torch.randperm(M, generator=torch.Generator().manual_seed(0))], N)
+    assert value.item() == pytest.approx(N * (M + 1) / (N + 1), rel=1e-9)
+
+
+def test_losses_of_the_baselines_by_hand():
+    best, worst, ref_best, ref_worst = (torch.tensor(x).double() for x in ([-10.0, -12.0], [-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0]))
+    h = [(-10 + 11) - (-9 + 9.5), (-12 + 11) - (-14 + 12)]  # 0.5, 1
+    assert bon_baselines.sft_loss(best).item() == pytest.approx(11)
+    dpo = bon_baselines.dpo_loss(best, worst, ref_best, ref_worst, 0.3).item()
+    assert dpo == pytest.approx(sum(math.log1p(math.exp(-0.3 * x)) for x in h) / 2)
+    assert bon_baselines.bonbon_beta(8) == pytest.approx(0.02755, abs=5e-6) and bon_baselines.bonbon_beta(1) == math.inf
+    target = 3 * (1 + 1 / 2 + 1 / 3)  # N = 4
+    contrast = sum((x - target) ** 2 for x in h) / 2
+    value = bon_baselines.bonbon_loss(best, worst, ref_best, ref_worst, 4, alpha=0.2).item()
+    assert value == pytest.approx(0.2 * 11 + 0.8 * contrast)
+
+
+def test_bonbon_balances_its_terms():
+    best = torch.tensor([-10.0, -12.0], dtype=torch.double, requires_grad=True)
+    others = [torch.tensor(x).double() for x in ([-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0])]
+    loss = bon_baselines.bonbon_loss(best, *others, 4)
+    loss.backward()
+    likelihood, contrast = 11.0, bon_baselines.bonbon_loss(best.detach(), *others, 4, alpha=0).item()
+    alpha = contrast / (likelihood + contrast)
+    assert alpha * likelihood == pytest.approx((1 - alpha) * contrast) and loss.item() == pytest.approx(2 * alpha * likelihood)
+    fixed = best.detach().clone().requires_grad_(True)
+    bon_baselines.bonbon_loss(fixed, *others, 4, alpha=alpha).backward()
+    torch.testing.assert_close(best.grad, fixed.grad)  # nothing flows through α
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_losses_agree_with_trl(kind):
+    """TRL's DPOTrainer on the same log-probabilities; its IPO is per token, so responses of one token are compared."""
+    pytest.importorskip("trl")
+    from collections import defaultdict
+    from types import SimpleNamespace
+    from unittest.mock import MagicMock
+    from trl import DPOTrainer
+    generator = torch.Generator().manual_seed(0)
+    tokens, beta, N = 1 if kind == "ipo" else 5, 0.3, 8
+    ids, ref = torch.randint(20, (6, 3 + tokens), generator=generator), -5 * torch.rand(6, generator=generator)
+    logits = torch.randn(6, 3 + tokens, 20, generator=generator)
+    mask = (torch.arange(3 + tokens) >= 3).long().expand(6, -1)
+    trainer = MagicMock(aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[kind],
+                        loss_weights=[1.0], beta=beta if kind == "sigmoid" else bon_baselines.bonbon_beta(N), use_weighting=False,
+                        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
+              "ref_chosen_logps": ref[:3], "ref_rejected_logps": ref[3:]}
+    expected = DPOTrainer._compute_loss(trainer, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    chosen, rejected = vbon.token_log_probs(logits[:, 2:-1], ids[:, 3:]).sum(1).chunk(2)
+    ours = (bon_baselines.dpo_loss(chosen, rejected, ref[:3], ref[3:], beta) if kind == "sigmoid" else
+            bon_baselines.bonbon_loss(chosen, rejected, ref[:3], ref[3:], N, alpha=0.0))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_bonbons_identity_on_the_toy(toy):
+    """E[log-ratio of the best] − E[log-ratio of the worst] = (N−1)·H_{N−1} under exact Best-of-N. Exact for a continuous reward;
+    the toy's responses have mass, which the difference of F at their two ends bounds."""
+    args, _, task, _ = toy
+    N = 4
+    world = vbon.exact_world(task, vbon.Args(**TOY | {"out": "x", "N": N}))
+    F, p = world["log_F"].exp(), world["log_ref"].exp()
+    worst = (1 - F).clamp(min=0) ** N - (1 - F - p).clamp(min=0) ** N
+    best = world["log_bon"].exp()
+    log_ratio = world["log_bon"] - world["log_ref"]
+    expected = (N - 1) * sum(1 / k for k in range(1, N))
+    value = ((best - worst) * log_ratio).sum(1)
+    torch.testing.assert_close(worst.sum(1), torch.ones(4).double(), atol=1e-4, rtol=0)
+    assert (1 / (2 * bon_baselines.bonbon_beta(N))) == pytest.approx(expected)
+    assert ((value / expected - 1).abs() < 0.05).all(), value / expected
+
+
+def test_pairs_are_ordered_and_log_probs_are_those_of_sampling(toy, tmp_path, monkeypatch):
+    args, _, task, _ = toy
+    monkeypatch.chdir(tmp_path)
+    import random
+    baseline = bon_baselines.Args(objective="dpo", task="toy", **{k: v for k, v in TOY.items() if k != "rollouts"}, N=5, unfrozen_layers=1)
+    samples = vbon.reference_samples(task, baseline, DEVICE, keep_tokens=True)
+    reward = {(prompt, tuple(t)): r for (split, prompt), (rewards, tokens) in samples.items() if split == "train" for r, t in zip(rewards.tolist(), tokens)}
+    pairs = list(itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts, baseline, random.Random(0)), 100))
+    assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in pairs) and len({p for p, _, _ in pairs}) == 4
+    baseline.objective = "bonbon"
+    gaps = [(reward[p, tuple(y)], reward[p, tuple(z)]) for p, y, z in
+            itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts, baseline, random.Random(0)), 2000)]
+    for end, sign in ((0, 1), (1, -1)):  # the mean over random groups of N is the unbiased estimate
+        expected = np.mean([sign * bon_baselines.expected_best_of_n(sign * samples["train", p][0], 5).item() for p in task.train_prompts])
+        values = [g[end] for g in gaps]
+        assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / math.sqrt(len(values)))
+    policy, _ = vbon.make_policy(task.ref, 1)
+    prompts = [task.train_prompts[i % 4] for i in range(12)]
+    tokens, mask, log_probs, _ = vbon.generate(task.ref, [task.encode(p) for p in prompts], torch.rand(12, 3), task.tokenizer.eos_token_id, 1.0)
+    responses = [t[m].tolist() for t, m in zip(tokens, mask)]
+    for K in (1, -1):
+        baseline.unfrozen_layers = K
+        log_pi, log_ref = bon_baselines.response_log_probs(policy, task.ref, task, prompts, responses, baseline, DEVICE)
+        torch.testing.assert_close(log_ref, log_probs.sum(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(log_pi.detach(), log_ref, atol=1e-5, rtol=1e-5)
+        assert log_pi.requires_grad and not log_ref.requires_grad
+
+
+BASELINE_TOY = [str(x) for k, v in (TOY | {"episodes": 4096, "minibatch": 64}).items() for x in ("--" + k.replace("_", "-"), v)]
+
+
+@pytest.fixture(scope="module")
+def baselines(toy):
+    os.chdir(toy[3])
+    for method in bon_baselines.METHODS:
+        assert bon_baselines.main([method, "--N", "4", *BASELINE_TOY, "--out", method]) == 0
+    return toy[3]
+
+
+@pytest.mark.parametrize("method", bon_baselines.METHODS)
+def test_baselines_on_the_toy(baselines, method):
+    result = json.load(open(baselines / method / "result.json"))
+    reference = json.load(open(baselines / "one/result.json"))
+    assert set(reference) - {"seconds_sampling", "exact/kl_to_bon_of_optimum", "episodes", "kl_to_ref_plain", "kl_to_ref_plain_se",
+                             "kl_to_ref_k3", "kl_to_ref_k3_se"} <= set(result)
+    assert result["exact/win_rate"] > 0.6 and result["exact/kl_to_ref"] > 0.1 and result["exact/reward"] > result["ref/reward"] + 0.5
+    if method == "bon":
+        assert abs(result["exact/kl_to_bon"]) < 1e-9 and result["exact/win_rate"] == pytest.approx(0.8, abs=0.02)
+    else:
+        assert result["exact/kl_to_bon"] > 0 and (baselines / method / "policy/model.safetensors").exists()
+
+
+def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method in bon_baselines.METHODS:
+        assert bon_baselines.main([str(a) for a in [method, *IMDB, *own(pieces), "--out", method]]) == 0
+        result = json.load(open(f"{method}/result.json"))
+        assert 0 < result["reward"] < 1 and 0 <= result["win_rate"] <= 1
+    assert len(list(Path("samples").iterdir())) == 1  # all of them learn from one file
+
+
+@pytest.mark.parametrize("argv, word", [
+    ([], "bon-sft"), (["ppo"], "bonbon"), (["bonbon", "--N", "2.5"], "whole number"), (["dpo", "--beta", "0"], "--beta"),
+    (["bonbon", "--alpha", "2"], "--alpha"), (["dpo", "--minibatch", "64", "--episodes", "32"], "--episodes")])
+def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bon_baselines.main(argv) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("bon_baselines.py: ") and word in line and not os.listdir(tmp_path)
+
+
 # --- evaluate.py ------------------------------------------------------------------------------------------------------
 
 
-def test_evaluate_table_csv_and_figure(toy, tmp_path, capsys):
+def test_pareto_front_by_brute_force():
+    points = torch.randint(0, 6, (60, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = [not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points) for x, y in points]
+    assert evaluate.pareto_front(points).tolist() == expected and 0 < sum(expected) < 60
+    assert evaluate.pareto_front([(1.0, 2.0)]).tolist() == [True]
+    runs = [{"method": m, "result": {"kl_to_ref": x, "win_rate": y}} for m, x, y in
+            (("vBoN", 1, 0.8), ("vBoN", 2, 0.9), ("PPO", 1.5, 0.7), ("PPO", 0.5, 0.6), ("BoN", 0.1, 0.99))]
+    assert evaluate.front_shares(runs, "win_rate") == {"vBoN": 2 / 3, "PPO": 1 / 3}
+
+
+def test_kolmogorov_smirnov():
+    a = torch.arange(100.0)
+    assert evaluate.kolmogorov_smirnov(a, a) == (0, 1)
+    D, p = evaluate.kolmogorov_smirnov(a, a + 1000)
+    assert D == 1 and p < 1e-20
+    generator, rejected = torch.Generator().manual_seed(0), 0
+    for _ in range(400):  # two samples of one law are told apart in about 5 % of cases
+        rejected += evaluate.kolmogorov_smirnov(torch.rand(100, generator=generator), torch.rand(200, generator=generator))[1] < 0.05
+    assert 6 <= rejected <= 34
+    assert evaluate.kolmogorov_smirnov(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5]))[0] == pytest.approx(0.5)
+
+
+def test_evaluate_table_csv_and_figures(toy, baselines, tmp_path, capsys):
     runs = [str(toy[3] / name) for name in ("one", "two", "three")]
-    assert evaluate.main([*runs, "--csv", str(tmp_path / "toy.csv"), "--figure", str(tmp_path / "toy.png")]) == 0
+    assert evaluate.main([*runs, "--csv", str(tmp_path / "toy.csv"), "--figures", str(tmp_path), "--curves"]) == 0
     table = capsys.readouterr().out
     results = [json.load(open(f"{run}/result.json"))["exact/kl_to_bon"] for run in runs]
-    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(3):.3f}" in table and "Best-of-16" in table
+    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(3):.3f}" in table and "N = 16, closed forms" in table
     assert len((tmp_path / "toy.csv").read_text().splitlines()) == 4
-    assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
+    assert evaluate.main([*runs, *(str(baselines / m) for m in bon_baselines.METHODS), "--figures", str(tmp_path), "--responses", "1"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "share of the Pareto front", "the acting was"))
+    for name in ("toy.png", "toy-pareto.png", "toy-distance.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_evaluate_refuses_unfinished_runs(tmp_path, capsys):
+def test_the_nearest_bon_of_bon_is_itself(baselines, monkeypatch):
+    monkeypatch.chdir(baselines)
+    run = evaluate.add_nearest_bon(evaluate.read_run("bon"))
+    assert run["result"]["exact/nearest_N"] == pytest.approx(4, rel=0.05) and run["result"]["exact/kl_to_nearest_bon"] < 1e-3
+
+
+def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_small_models(tmp_path / "second", seed=5)
+    for method in ("bon", "dpo"):
+        assert bon_baselines.main([str(a) for a in [method, *IMDB, *own(pieces), "--out", method]]) == 0
+    assert evaluate.main(["bon", "dpo", "--temperatures", "0.5", "1", "--reward", str(tmp_path / "second/reward"), "--figures", "figures"]) == 0
+    out = capsys.readouterr().out
+    assert "T = 0.5" in out and "judge reward" in out and Path("figures/imdb-temperatures.png").exists()
+    anew, own_result = (json.load(open(f"dpo/{name}.json")) for name in ("eval-T1-reward", "result"))
+    assert anew["reward"] != own_result["reward"] and anew["kl_to_ref"] == pytest.approx(own_result["kl_to_ref"], rel=1e-4)  # same responses
+
+
+def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(evaluate.SWEEPS, "small", {"vbon": ("N", [2, 4], 1), "bound": ("beta", [1 / 3], 1), "bon-sft": ("N", [40], 1)})
+    argv = ["--sweep", "small", "--jobs", "2", "--figures", "figures", "--", *(str(x) for k, v in TOY.items() for x in ("--" + k.replace("_", "-"), v))]
+    assert evaluate.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("vBoN, N = 2", "vBoN, N = 4", "L bound, N = 4", "BoN-SFT, N = 40, M = 40", "figures/toy-bound.png"))
+    stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("result.json")}
+    assert len(stamps) == 4
+    next(iter(stamps)).unlink()
+    assert evaluate.main(argv) == 0
+    assert sum(path.stat().st_mtime == stamp for path, stamp in stamps.items()) == 3
+    assert evaluate.main([*argv, "--N", "nonsense"]) == 0  # nothing left to train
+
+
+def test_samples_needed(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = vbon.Args(**TOY | {"samples": "s.jsonl", "M": 600, "out": "x"})
+    vbon.reference_samples(toy[2], args, DEVICE)
+    assert evaluate.main(["--log-F", "s.jsonl", "--figures", "."]) == 0
+    out = capsys.readouterr().out
+    assert "4 prompts" in out and Path("log_F.png").exists()
+    statistics = [float(line.split()[-1]) for line in out.splitlines() if line.strip().split()[0].isdigit() and "prompts" not in line]
+    assert len(statistics) == 6 and statistics[0] > statistics[-1]
+
+
+def test_evaluate_refuses(toy, baselines, pieces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    assert evaluate.main([str(tmp_path / "run")]) == 2
-    assert "not a finished run" in capsys.readouterr().err
+    assert bon_baselines.main([str(a) for a in ["bon", *IMDB, *own(pieces), "--out", "imdb"]]) == 0
+    (tmp_path / "few.jsonl").write_text('{"vbon_samples": 2}\n')
+    for argv, word in ((["run"], "not a finished run"), ([str(toy[3] / "one"), "imdb"], "different tasks"), ([], "nothing to evaluate"),
+                       (["imdb", "--reward", "no/such-judge"], "--reward"), ([str(toy[3] / "one"), "--reward", "x"], "--task imdb"),
+                       (["--log-F", "few.jsonl"], "600 samples"), (["--log-F", "none.jsonl"], "no such file"), (["--nonsense"], "--nonsense"),
+                       (["--sweep", "small", "--", "--N", "-3"], "--N must be"), (["--temperatures", "hot"], "--temperatures")):
+        capsys.readouterr()
+        assert evaluate.main(argv) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("evaluate.py: ") and word in line, line

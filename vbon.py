@@ -294,7 +294,7 @@ class Args:
 
 
 def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
-    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those not offered."""
+    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those without effect."""
     parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -302,10 +302,9 @@ def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidde
         raise UserError(message + " (see --help)")
     parser.error = one_line
     for f in fields(Args):
-        if f.name in hidden:
-            continue
         default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
         help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        help = argparse.SUPPRESS if f.name in hidden else help
         if f.type is bool:
             kind = {"action": "store_true"}
         else:
