@@ -127,13 +127,15 @@ def aligned(rows):
 
 
 def table(groups):
-    """The groups as text, with Best-of-N's closed forms below."""
+    """The groups as text; below, Best-of-N's closed forms for the N of the BoN runs, or where there are none for every N."""
     keys = [k for k in COLUMNS if any(k in run["result"] for _, runs in groups for run in runs)]
     rows = [["", "seeds", *(COLUMNS[k] for k in keys)]]
     for name, runs in groups:
         cells = [mean_and_error(runs, k) if all(k in run["result"] for run in runs) else None for k in keys]
         rows.append([name, str(len(runs)), *("" if c is None else f"{c[0]:.3f}" + ("" if c[1] is None else f" ± {c[1]:.3f}") for c in cells)])
-    for N in sorted({run["config"]["N"] for _, runs in groups for run in runs if strength(run)[0] == "N"}):
+    Ns = {method: {run["config"]["N"] for _, runs in groups for run in runs if strength(run)[0] == "N" and method in (None, run["method"])}
+          for method in ("BoN", None)}
+    for N in sorted(Ns["BoN"] or Ns[None]):
         closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}"}
         rows.append([f"BoN, N = {N:.3g}, closed forms", "", *(closed.get(k, "") for k in keys)])
     return aligned(rows)
@@ -181,9 +183,9 @@ def load_policy(run, device):
 
 
 def cached(run, name, compute):
-    """compute() of a run, kept beside its other files."""
+    """compute() of a run, kept beside its other files until the run is trained anew."""
     path = f"{run['folder']}/{name}.json"
-    if not os.path.exists(path):
+    if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(f"{run['folder']}/result.json"):
         write_whole(path, json.dumps(compute(), indent=2) + "\n")
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -211,7 +213,7 @@ def evaluate_anew(run, temperature, reward):
             return vbon.judge(judge, *drawn, ref_rewards, {})[0]
     judge_name = os.path.basename(os.path.normpath(reward)) if reward else "own"
     suffix = (f", T = {temperature:g}" if temperature != run["config"]["temperature"] else "") + (f", judge {judge_name}" if reward else "")
-    return run | {"result": cached(run, f"eval-T{temperature:g}-{judge_name}", compute), "suffix": suffix, "temperature": temperature}
+    return run | {"result": cached(run, f"eval-T{temperature:g}-" + (reward or "own").strip("/").replace("/", "--"), compute), "suffix": suffix, "temperature": temperature}
 
 
 def add_nearest_bon(run):
@@ -262,8 +264,10 @@ def subplots(number, title):
 
 def scatter(axes, runs, value, shares=None):
     """One point per run, error bars over prompts where the metric is estimated; off its method's own front it is faded."""
-    for method in dict.fromkeys(run["method"] for run in runs):
+    for method in METHODS.values():
         own = [run for run in runs if run["method"] == method]
+        if not own:
+            continue
         points, label = [point(run, value) for run in own], method
         if shares and method in shares:
             label += f" ({100 * shares[method]:.0f} % of the front)"
@@ -284,6 +288,9 @@ def plot_pareto(folder, task, runs):
         Ns = [N for N in (1.1 ** i for i in range(80)) if bon_kl(N) <= max(largest, 0.1)]
         if value == "win_rate":
             a.plot([bon_kl(N) for N in Ns], [bon_win_rate(N) for N in Ns], color="black", lw=1, label="BoN, closed forms")
+        else:  # the reward has no closed form: a line through what was measured
+            measured = sorted(point(run, value) for run in runs if run["method"] == "BoN")
+            a.plot([x for x, _ in measured], [y for _, y in measured], color="black", lw=1)
         a.set(xlabel="KL(π_θ ‖ π_ref), nats", ylabel=name)
         a.legend(fontsize=8)
     save(figure, f"{folder}/{task}-pareto.png")
@@ -303,9 +310,10 @@ def plot_bound(folder, task, runs):
 def plot_distance(folder, runs):
     """What only an exact world can give: the distance to the nearest Best-of-N against the distance to π_ref."""
     figure, (axes,) = subplots(1, "toy: how far each policy is from being a Best-of-N at all")
-    for method in dict.fromkeys(run["method"] for run in runs if run["method"] != "BoN"):
+    for method in METHODS.values():
         points = sorted((run["result"]["exact/kl_to_ref"], run["result"]["exact/kl_to_nearest_bon"]) for run in runs if run["method"] == method)
-        axes.plot(*zip(*points), "o", color=COLORS[method], ms=4, alpha=0.7, label=method)
+        if points and method != "BoN":
+            axes.plot(*zip(*points), "o", color=COLORS[method], ms=4, alpha=0.7, label=method)
     axes.set(yscale="log", xlabel="exact KL(π_θ ‖ π_ref), nats", ylabel="min over N of exact KL(π_θ ‖ π_bon), nats")
     axes.legend(fontsize=8)
     save(figure, f"{folder}/toy-distance.png")
