@@ -206,10 +206,12 @@ def train(args):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay, fused=True)
     pairs = training_pairs(samples, task.train_prompts, args, random.Random(args.seed))
-    with (open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log,
-          tqdm(total=steps * args.minibatch, desc=args.objective, unit="ep") as bar):
+    done = vbon.load_checkpoint(args, optimizer) * log_every
+    pairs = itertools.islice(pairs, done * args.minibatch, None)
+    with (open(f"{args.out}/metrics.jsonl", "a", encoding="utf-8") as log,
+          tqdm(total=steps * args.minibatch, initial=done * args.minibatch, desc=args.objective, unit="ep") as bar):
         recent, clock = [], time.perf_counter()
-        for step in range(1, steps + 1):
+        for step in range(done + 1, steps + 1):
             vbon.set_lr(optimizer, args, (step - 1) / steps)
             prompts, better, worse = map(list, zip(*itertools.islice(pairs, args.minibatch)))
             if args.objective == "bon-sft":
@@ -239,6 +241,8 @@ def train(args):
                     tqdm.write(vbon.exact_row(f"π_θ, {metrics['episode']} ep.", exact))
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
+                if args.save_every and step % (log_every * args.save_every) == 0 and step < steps:
+                    vbon.save_checkpoint(args, step // log_every, optimizer)
                 recent, clock = [], time.perf_counter()
     ref_rewards = {key: rewards for key, (rewards, _) in samples.items()}
     extra = {"episodes": steps * args.minibatch} | exact
@@ -255,6 +259,9 @@ def main(argv=None):
     except UserError as error:
         print(f"bon_baselines.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bon_baselines.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

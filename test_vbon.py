@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: a test must not wait for a hub
@@ -486,11 +487,41 @@ def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def weights(run):
+    from safetensors.torch import load_file
+    return load_file(f"{run}/policy/model.safetensors")
+
+
+@pytest.mark.parametrize("script, argv", [("vbon.py", []), ("bon_baselines.py", ["bonbon", "--N", "4"])])
+def test_a_killed_run_resumes_to_the_same_weights(script, argv, tmp_path):
+    """kill -9 after a checkpoint; the resumed run ends with the bits of one that was never killed."""
+    flags = [*argv, *(str(x) for k, v in (TOY | {"episodes": 8192, "save_every": 2, "eval_every": 4}).items() for x in ("--" + k.replace("_", "-"), v))]
+    whole = command(*flags, "--out", "whole", cwd=tmp_path, script=script)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, str(HERE / script), *flags, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed/checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9 and not (tmp_path / "killed/result.json").exists(), "it should be killed in the middle"
+    other = command(*flags, "--out", "killed", "--resume", "--lr", "0.01", cwd=tmp_path, script=script)
+    assert other.returncode == 2 and "lr = 0.001, not 0.01" in other.stderr
+    resumed = command(*flags, "--out", "killed", "--resume", cwd=tmp_path, script=script)
+    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
+
+    def without_times(run):
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(tmp_path / run / "metrics.jsonl")]
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], two[name]) for name in one) and without_times("whole")[-1]["episode"] == 8192
+    assert without_times("whole") == without_times("killed")
+    assert not (tmp_path / "killed/checkpoint.pt").exists()
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def command(*argv, cwd, **environment):
-    return subprocess.run([sys.executable, str(HERE / "vbon.py"), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+def command(*argv, cwd, script="vbon.py", **environment):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | environment, timeout=600)
 
 

@@ -255,6 +255,8 @@ class Args:
     samples: str = flag("file of π_ref's scored samples, read and extended; default samples/<task>-<fingerprint>.jsonl")
     eval_every: int = flag("toy: phases between exact evaluations", 10, low=1)
     overwrite: bool = flag("replace a finished run in --out", False)
+    save_every: int = flag("phases between checkpoints; 0 for none", low=0, toy=20, imdb=25)
+    resume: bool = flag("go on from the last checkpoint in --out; the run ends as if it had never stopped", False)
 
     def __post_init__(self):
         self.started = time.perf_counter()
@@ -1137,7 +1139,7 @@ def begin(args):
 def open_run(args, task):
     """Called once the input is known to be good: makes the run's folder; for the toy computes its exact world and prints it."""
     os.makedirs(args.out, exist_ok=True)
-    for name in ("metrics.jsonl", "result.json", "samples.jsonl"):
+    for name in ("result.json", "samples.jsonl") + (() if args.resume else ("metrics.jsonl", "checkpoint.pt")):
         if os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
@@ -1160,6 +1162,8 @@ def close_run(args, task, world, metrics, samples, policy=None):
         save_policy(policy, task.tokenizer, f"{args.out}/policy")
     write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
+    if os.path.exists(f"{args.out}/checkpoint.pt"):
+        os.remove(f"{args.out}/checkpoint.pt")
     if world and policy is not None:
         show_responses("before: π_ref (reward)", world, world["log_ref"], args)
         show_responses("after: π_θ, one sample each", world, enumerate_policy(policy, world, args), args)
@@ -1188,6 +1192,36 @@ def set_lr(optimizer, args, progress):
     optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
 
 
+def save_checkpoint(args, done, optimizer, generator=None):
+    """All that a run needs to go on after `done` phases (a line of metrics each): weights and their moments, the generator.
+    The rest follows from the seed."""
+    torch.save({"done": done, "args": asdict(args), "weights": [p.detach() for p in optimizer.param_groups[0]["params"]],
+                "optimizer": optimizer.state_dict(), "generator": generator and generator.get_state()}, f"{args.out}/checkpoint.tmp")
+    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
+
+
+def load_checkpoint(args, optimizer, generator=None):
+    """Puts the run back to its last checkpoint, cuts off the metrics of later phases, and returns how many were done."""
+    path = f"{args.out}/checkpoint.pt"
+    if not (args.resume and os.path.exists(path)):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in asdict(args).items():
+        if name not in ("resume", "overwrite", "out", "samples", "device", "save_every") and state["args"].get(name) != value:
+            raise UserError(f"--resume: {args.out} was started with {name} = {state['args'].get(name)!r}, not {value!r}")
+    with torch.no_grad():
+        for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
+            p.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    if generator:
+        generator.set_state(state["generator"])
+    with open(f"{args.out}/metrics.jsonl", encoding="utf-8") as file:
+        lines = file.readlines()
+    write_whole(f"{args.out}/metrics.jsonl", "".join(lines[:state["done"]]))
+    print(f"resumed from {path}")
+    return state["done"]
+
+
 def shuffled(items, rng):
     """Endless: every item once, in random order, before any comes twice."""
     while True:
@@ -1211,9 +1245,11 @@ def train(args):
     trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay, fused=True)
     generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
-    with (open(f"{args.out}/metrics.jsonl", "w", encoding="utf-8") as log,
-          tqdm(total=phases * args.rollouts, desc="PPO", unit="ep") as bar):
-        for phase in range(phases):
+    done = load_checkpoint(args, optimizer, generator)
+    prompt_stream = itertools.islice(prompt_stream, done * args.rollouts, None)
+    with (open(f"{args.out}/metrics.jsonl", "a", encoding="utf-8") as log,
+          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
+        for phase in range(done, phases):
             set_lr(optimizer, args, phase / phases)
             prompts = list(itertools.islice(prompt_stream, args.rollouts))
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
@@ -1225,6 +1261,8 @@ def train(args):
                 tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
             log.write(json.dumps(metrics) + "\n")
             log.flush()
+            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
+                save_checkpoint(args, phase + 1, optimizer, generator)
             bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
                              "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
             bar.update(args.rollouts)
@@ -1241,6 +1279,9 @@ def main(argv=None):
     except UserError as error:
         print(f"vbon.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vbon.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
