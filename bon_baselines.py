@@ -55,7 +55,7 @@ def expected_best_of_n(rewards, N):
     k = torch.arange(2, M + 1, dtype=torch.double, device=ascending.device)
     log_steps = torch.log(((k - N) / (k - 1)).clamp(min=0))  # from w_k to w_{k−1}; −inf below k = N, for such are never best
     log_w = math.log(N / M) + torch.cat([log_steps.flip(0).cumsum(0).flip(0), log_steps.new_zeros(1)])
-    return (ascending * log_w.exp()).sum(-1)
+    return torch.where(log_w == -torch.inf, 0.0, ascending * log_w.exp()).sum(-1)
 
 
 def sft_loss(logps):
@@ -71,7 +71,10 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 def bonbon_beta(N):
     """β* = 1 / (2(N−1)·Σ_{k<N} 1/k): under Best-of-N the log-ratio of the best of N exceeds that of the worst by 1/(2β*) nats
-    on average (Gui et al. 2024, Theorem 3). Infinite at N = 1, where best and worst are one."""
+    on average (Gui et al. 2024, Theorem 3). Infinite at N = 1, where best and worst are one. Raises ValueError unless N is a
+    whole number from 1."""
+    if not (N >= 1 and N == int(N)):
+        raise ValueError(f"N must be a whole number from 1, not {N}")
     gap = (N - 1) * sum(1 / k for k in range(1, int(N)))
     return 1 / (2 * gap) if gap else math.inf
 
@@ -79,12 +82,14 @@ def bonbon_beta(N):
 def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
     """α·(−log π_θ(best)) + (1−α)·(h − 1/(2β*))², h as in `dpo_loss`, averaged over (best, worst) of N; all (B,).
 
-    alpha=None sets α on each call so that both terms are equally large, as both papers do; no gradient flows into it.
+    alpha=None sets α on each call so that both terms are equally large, as both papers say; no gradient flows into it. So α
+    falls as training goes: from near 1 at first, where −log π_θ of a long response is the smaller term, towards 0 as the
+    second term vanishes. The released configuration of Gui et al. keeps 0.005 throughout.
     """
     h = (policy_best - ref_best) - (policy_worst - ref_worst)
     likelihood, contrast = sft_loss(policy_best), (h - 1 / (2 * bonbon_beta(N))).square().mean()
     if alpha is None:
-        alpha = (contrast / (likelihood + contrast)).detach()
+        alpha = (contrast / (likelihood + contrast).clamp(min=1e-12)).detach()
     return alpha * likelihood + (1 - alpha) * contrast
 
 
@@ -112,8 +117,9 @@ class Args(vbon.Args):
             raise UserError(f"--N must be a whole number here, not {self.N}: so many responses are drawn")
         if self.minibatch > self.episodes:
             raise UserError(f"need --minibatch ≤ --episodes, not {self.minibatch}, {self.episodes}")
-        least = {"bon": 1, "dpo": DPO_RESPONSES}.get(self.objective, int(self.N))
-        self.M = least if self.objective == "bon" else max(self.M, least)  # bon learns nothing: it needs no training samples
+        # bon learns nothing. toy has four prompts only: with M near N it would have four best responses to learn by heart.
+        least = {"bon": 1, "dpo": DPO_RESPONSES}.get(self.objective, int(self.N) * (10 if self.task == "toy" else 1))
+        self.M = least if self.objective == "bon" else max(self.M, least)
         strength = {"dpo": f"beta{self.beta:g}-M{self.M}", "bon": f"N{self.N}"}.get(self.objective, f"N{self.N}-M{self.M}")
         self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
@@ -127,22 +133,24 @@ PPO_ONLY = ("estimator", "rollouts", "ppo_epochs", "gamma", "lam", "clip", "valu
 
 
 def training_pairs(samples, prompts, args, rng):
-    """Endless (prompt, better, worse): token lists of two responses to it, from its stored samples; prompts in random order.
+    """Endless (prompt, better, worse): token lists of two responses to it, from its stored samples.
 
-    bon-sft and bonbon: best and worst of N, drawn anew without replacement from the M at each visit, so that M samples
-    give more than M/N examples. dpo: 12 pairs of 6; equal rewards are no preference, such pairs are left out.
+    In every pass over the prompts each gets a new random group of its M samples: bon-sft and bonbon take best and worst of
+    N, dpo 12 pairs of 6 (equal rewards are no preference: such pairs are left out). A pass's examples come shuffled.
     """
-    for prompt in vbon.shuffled(prompts, rng):
-        rewards, tokens = samples["train", prompt]
-        if args.objective == "dpo":
-            pairs = list(itertools.combinations(rng.sample(range(len(rewards)), DPO_RESPONSES), 2))
-            pairs = [(i, j) if rewards[i] > rewards[j] else (j, i) for i, j in pairs if rewards[i] != rewards[j]]
-            pairs = rng.sample(pairs, min(DPO_PAIRS, len(pairs)))
-        else:
-            group = rng.sample(range(len(rewards)), int(args.N))
-            pairs = [(group[best_of_n(rewards[group])], group[best_of_n(-rewards[group])])]
-        for better, worse in pairs:
-            yield prompt, tokens[better], tokens[worse]
+    while True:
+        examples = []
+        for prompt in prompts:
+            rewards, tokens = samples["train", prompt]
+            if args.objective == "dpo":
+                pairs = list(itertools.combinations(rng.sample(range(len(rewards)), DPO_RESPONSES), 2))
+                pairs = [(i, j) if rewards[i] > rewards[j] else (j, i) for i, j in pairs if rewards[i] != rewards[j]]
+                pairs = rng.sample(pairs, min(DPO_PAIRS, len(pairs)))
+            else:
+                group = rng.sample(range(len(rewards)), int(args.N))
+                pairs = [(group[best_of_n(rewards[group])], group[best_of_n(-rewards[group])])]
+            examples += [(prompt, tokens[i], tokens[j]) for i, j in pairs]
+        yield from rng.sample(examples, len(examples))
 
 
 def response_log_probs(policy, ref, task, prompts, responses, args, device):
@@ -195,6 +203,8 @@ def train(args):
         ref_rewards = vbon.reference_samples(task, args, device)
         world = vbon.open_run(args, task)
         exact = vbon.exact_metrics(world["log_bon"], world) if world else {}
+        if args.N <= args.test_M:  # without sampling at all, from what is stored
+            exact["bon/expected_reward"] = torch.stack([expected_best_of_n(ref_rewards["test", p], int(args.N)) for p in task.test_prompts]).mean().item()
         return vbon.close_run(args, task, world, *vbon.judge(task, *sample_best(task, ref_rewards, args, device), ref_rewards, exact))
 
     policy, _ = vbon.make_policy(task.ref, args.unfrozen_layers)

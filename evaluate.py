@@ -15,11 +15,14 @@ A sweep can be stopped and started again: finished runs are skipped. Flags after
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import sys
+import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
@@ -52,7 +55,7 @@ def read_run(folder):
         metrics = [json.loads(line) for line in read("metrics.jsonl").splitlines()] if has_metrics else []
         if config["objective"] not in METHODS:
             raise ValueError(f"unknown objective {config['objective']!r}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a finished run ({error}): train it to the end, or leave it out") from None
     return {"folder": folder, "result": result, "config": config, "metrics": metrics, "method": METHODS[config["objective"]]}
 
@@ -64,20 +67,31 @@ def strength(run):
 
 
 def group_seeds(runs):
-    """[(name, runs)]: runs that differ in seeds, places and evaluation rhythm alone, under a readable name, method by method."""
+    """[(name, runs)]: runs that differ in seeds and places alone, under a readable name, method by method. Raises UserError
+    where a seed comes twice."""
     groups = {}
     for run in runs:
-        same = {k: v for k, v in run["config"].items()
-                if k not in ("seed", "data_seed", "out", "samples", "eval_every", "overwrite", "device")}
+        same = {k: v for k, v in run["config"].items() if k not in ("seed", "data_seed", *vbon.PLACES)}
         symbol, value = strength(run)
-        name = f"{run['method']}, {symbol} = {value:.3g}"
+        name = f"{run['method']}, {symbol} = {value:.5g}"
         if run["config"]["objective"] in ("rlhf", "bon"):  # these know nothing of F
             same = {k: v for k, v in same.items() if k not in ("M", "estimator")}
         else:
             name += f", M = {run['config']['M']}"
         name += run.get("suffix", "")
         groups.setdefault((list(METHODS.values()).index(run["method"]), value, name, json.dumps(same, sort_keys=True)), []).append(run)
-    return [(key[2], groups[key]) for key in sorted(groups)]
+    settings = {}  # rows that would share a name are told apart by the settings in which they differ
+    for key in sorted(groups):
+        settings.setdefault(key[2], []).append(json.loads(key[3]))
+    named = []
+    for key in sorted(groups):
+        ours, all_of_name = json.loads(key[3]), settings[key[2]]
+        differing = [k for k in ours if len({json.dumps(other.get(k)) for other in all_of_name}) > 1]
+        named.append((", ".join([key[2], *(f"{k} = {ours[k]}" for k in differing)]), groups[key]))
+        seeds = [(run["config"]["seed"], run["config"]["data_seed"]) for run in groups[key]]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"a seed comes twice among {', '.join(run['folder'] for run in groups[key])}: leave one out")
+    return named
 
 
 def mean_and_error(runs, key):
@@ -106,12 +120,12 @@ def point(run, value):
 
 
 def front_shares(runs, value):
-    """{method: share of the points on the common front that are its own}, as the paper reports them; BoN itself stays out."""
-    runs = [run for run in runs if run["method"] != "BoN"]
-    front = pareto_front([point(run, value) for run in runs])
-    counts = {method: 0 for method in dict.fromkeys(run["method"] for run in runs)}
-    for run, on_front in zip(runs, front.tolist()):
-        counts[run["method"]] += on_front
+    """{method: share of the points on the common front that are its own}, as the paper reports them. BoN itself stays out, and
+    a point that a method reaches with several seeds (N = 1 may train nothing) counts once."""
+    points = list(dict.fromkeys((run["method"], *point(run, value)) for run in runs if run["method"] != "BoN"))
+    counts = {method: 0 for method, _, _ in points}
+    for (method, _, _), on_front in zip(points, pareto_front([p[1:] for p in points]).tolist()):
+        counts[method] += on_front
     return {method: count / max(1, sum(counts.values())) for method, count in counts.items()}
 
 
@@ -137,14 +151,15 @@ def table(groups):
           for method in ("BoN", None)}
     for N in sorted(Ns["BoN"] or Ns[None]):
         closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}"}
-        rows.append([f"BoN, N = {N:.3g}, closed forms", "", *(closed.get(k, "") for k in keys)])
+        rows.append([f"BoN, N = {N:.5g}, closed forms", "", *(closed.get(k, "") for k in keys)])
     return aligned(rows)
 
 
 def write_csv(path, runs):
     """One row per run: its folder, its settings and its results."""
-    rows = [{"run": run["folder"] + run.get("suffix", "")} | run["config"] | run["result"] for run in runs]
-    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("out", "samples", "overwrite", "device")))
+    rows = [{"run": run["folder"], "judged": run.get("suffix", "").strip(", ")} | run["config"] | {"reward_model": run["config"]["reward"]}
+            | run["result"] for run in runs]
+    names = list(dict.fromkeys(k for row in rows for k in row if k not in vbon.PLACES))
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -157,8 +172,11 @@ def show_responses(groups, number):
     """What one run of each group answers to the first test prompts, with its rewards (the paper's Table 2)."""
     samples = []
     for name, runs in groups:
-        with open(f"{runs[0]['folder']}/samples.jsonl", encoding="utf-8") as file:
-            samples.append((name, [json.loads(line) for line in file]))
+        try:
+            with open(f"{runs[0]['folder']}/samples.jsonl", encoding="utf-8") as file:
+                samples.append((name, runs[0].get("samples") or [json.loads(line) for line in file]))
+        except OSError as error:
+            raise UserError(f"{runs[0]['folder']} has no readable samples.jsonl: {error.strerror}") from None
     prompts = list(dict.fromkeys(s["prompt"] for s in samples[0][1]))[:number]
     for prompt in prompts:
         print(f"\n{prompt}")
@@ -174,7 +192,10 @@ def show_responses(groups, number):
 def read_args(run, **changes):
     """The run's settings, as an Args of the script that made it."""
     kind = bon_baselines.Args if run["config"]["objective"] in bon_baselines.METHODS else vbon.Args
-    return kind(**run["config"] | changes | {"overwrite": True})
+    try:
+        return kind(**run["config"] | changes | {"overwrite": True})
+    except TypeError as error:
+        raise UserError(f"{run['folder']}/config.json is of another version: {error}") from None
 
 
 def load_policy(run, device):
@@ -210,10 +231,11 @@ def evaluate_anew(run, temperature, reward):
                 drawn = bon_baselines.sample_best(task, own_rewards, args, device)
             else:
                 drawn = vbon.sample_policy(load_policy(run, device), task, args, device)
-            return vbon.judge(judge, *drawn, ref_rewards, {})[0]
-    judge_name = os.path.basename(os.path.normpath(reward)) if reward else "own"
-    suffix = (f", T = {temperature:g}" if temperature != run["config"]["temperature"] else "") + (f", judge {judge_name}" if reward else "")
-    return run | {"result": cached(run, f"eval-T{temperature:g}-" + (reward or "own").strip("/").replace("/", "--"), compute), "suffix": suffix, "temperature": temperature}
+            metrics, samples = vbon.judge(judge, *drawn, ref_rewards, {})
+            return {"result": metrics, "samples": samples}
+    suffix = f", T = {temperature:g}" + (f", judge {os.path.basename(os.path.normpath(reward))}" if reward else "")
+    place = hashlib.sha256(os.path.abspath(reward).encode()).hexdigest()[:8] if reward else "own"
+    return run | cached(run, f"eval-T{temperature:g}-{place}", compute) | {"suffix": suffix, "temperature": temperature}
 
 
 def add_nearest_bon(run):
@@ -325,8 +347,8 @@ def plot_curves(folder, groups):
     for i, (name, runs) in enumerate(groups):
         color, style = f"C{i}", "-" if runs[0]["method"] == "vBoN" else "--"
         curves = [[m for m in run["metrics"] if "exact/kl_to_bon" in m] for run in runs]
-        episodes = [m["episode"] for m in min(curves, key=len)]
-        values = list(zip(*([m["exact/kl_to_bon"] for m in curve[:len(episodes)]] for curve in curves)))
+        episodes = sorted(set.intersection(*({m["episode"] for m in curve} for curve in curves)))
+        values = list(zip(*([m["exact/kl_to_bon"] for m in curve if m["episode"] in episodes] for curve in curves)))
         left.plot(episodes, [sum(v) / len(v) for v in values], style, color=color, label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
         left.fill_between(episodes, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
         right.plot(*zip(*(point(run, "win_rate") for run in runs)), "o" if style == "-" else "D", color=color, alpha=0.7, ms=5, label=name)
@@ -340,12 +362,17 @@ def plot_curves(folder, groups):
 
 
 def plot_against(folder, task, groups, of, xlabel, name):
-    """Figures 4 and 5: reward and win rate against of(run), mean and standard error over seeds, a line per method."""
+    """Figures 4 and 5: reward and win rate against of(runs), mean and standard error over seeds, a line per method and strength."""
     figure, axes = subplots(2, task)
     for a, value in zip(axes, ("reward", "win_rate")):
-        for method in dict.fromkeys(runs[0]["method"] for _, runs in groups):
-            rows = sorted((of(runs[0]), *mean_and_error(runs, value)) for _, runs in groups if runs[0]["method"] == method)
-            a.errorbar([r[0] for r in rows], [r[1] for r in rows], [r[2] or 0 for r in rows], fmt="o-", capsize=3, color=COLORS[method], label=method)
+        lines = {}
+        for _, runs in groups:
+            symbol, strong = strength(runs[0])
+            label = f"{runs[0]['method']}, {symbol} = {strong:.5g}"
+            lines.setdefault(label, []).append((of(runs), *mean_and_error(runs, value)))
+        for i, (label, rows) in enumerate(lines.items()):
+            x, mean, error = zip(*sorted(rows))
+            a.errorbar(x, mean, [e or 0 for e in error], fmt="o-", capsize=3, color=f"C{i}", label=label)
         a.set(xlabel=xlabel, ylabel=value.replace("_", " "))
         a.legend(fontsize=8)
     save(figure, f"{folder}/{task}-{name}.png")
@@ -373,7 +400,7 @@ def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file of samples")
-    rewards, _ = vbon.read_samples(path, {})
+    rewards, _ = vbon.read_samples(path, {"vbon_samples": 2})
     prompts = {prompt: torch.tensor(r[:most], dtype=torch.double) for (split, prompt), r in rewards.items() if len(r) >= most}
     if not prompts:
         raise UserError(f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
@@ -421,25 +448,33 @@ def sweep_jobs(name, task, out, extra):
             for seed in range(seeds):
                 folder = f"{out}/{method}-{flag}{value:g}-seed{seed}"
                 setting = ["--N", f"{1 / value + 1:.10g}"] if (method, flag) == ("bound", "beta") else [f"--{flag}", f"{value:g}"]
-                if name == "M":  # each with samples of its own, so that their time is its own
-                    setting += ["--N", "10", "--samples", f"{out}/M{value}-seed{seed}.jsonl"]
+                if name == "M":  # seeds of samples too: their noise is what M governs
+                    setting += ["--N", "10", "--data-seed", str(seed)]
                 argv = [method] if method in bon_baselines.METHODS else ["--objective", method]
                 jobs.append((folder, method, [*argv, "--task", task, *setting, "--seed", str(seed), "--out", folder, *extra]))
     return jobs
 
 
 def draw_samples(args):
+    """Draws π_ref's samples that a run wants, into the file that it will read. Returns the seconds for the training ones."""
     device, task = vbon.begin(args)
+    vbon.reference_samples(replace(task, train_prompts=[]), args, device)
+    start = time.perf_counter()
     vbon.reference_samples(task, args, device)
+    return time.perf_counter() - start
 
 
 def run_job(folder, method, argv):
     """Trains one run in this process, its output in a log beside its files. Returns the error's line, or None."""
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        code = (bon_baselines if method in bon_baselines.METHODS else vbon).main(argv)
-        if code == 0 and argv[argv.index("--task") + 1] == "toy":
-            add_nearest_bon(read_run(folder))
+        try:
+            code = (bon_baselines if method in bon_baselines.METHODS else vbon).main(argv)
+            if code == 0 and argv[argv.index("--task") + 1] == "toy":
+                add_nearest_bon(read_run(folder))
+        except Exception as error:  # one run's end must not be the sweep's
+            traceback.print_exc(file=log)
+            return f"{folder}: {type(error).__name__}: {error} (see its log.txt)"
     if code == 0:
         return None
     with open(f"{folder}/log.txt", encoding="utf-8") as log:
@@ -448,13 +483,35 @@ def run_job(folder, method, argv):
 
 def sweep(name, task, out, parallel, extra):
     """Trains the runs of a sweep that are not there yet, `parallel` at a time with one thread each. Returns their folders."""
-    jobs = sweep_jobs(name, task, out, extra)
-    todo = [job for job in jobs if not os.path.exists(f"{job[0]}/result.json")]
-    parsed = [(bon_baselines if method in bon_baselines.METHODS else vbon).parse_args(argv) for _, method, argv in todo]  # bad flags, before work
+    for flag in ("--task", "--out", "--seed", "--N", "--beta", "--objective", "--samples") + ("--M", "--data-seed") * (name == "M"):
+        if flag in (e.split("=")[0] for e in extra):
+            raise UserError(f"the sweep itself sets {flag}: leave it out")
+    jobs, todo, parsed = sweep_jobs(name, task, out, extra), [], []
+    for folder, method, argv in jobs:
+        args = (bon_baselines if method in bon_baselines.METHODS else vbon).parse_args([*argv, "--overwrite"])  # bad flags, before work
+        if os.path.exists(f"{folder}/result.json"):
+            had = read_run(folder)["config"]
+            differing = [k for k, v in vars(args).items() if k in had and k not in vbon.PLACES and had[k] != v]
+            if differing:
+                raise UserError(f"{folder} was trained with other {', '.join(differing)}: pass another --out, or the same flags as before")
+        else:
+            todo.append((folder, method, argv if method == "bon" else [*argv, "--resume"]))
+            parsed.append(args)
     failures = []
     with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        if todo and name != "M":  # π_ref's samples once, before several runs want them; there, for rounding depends on the threads
-            pool.submit(draw_samples, max(parsed, key=lambda a: a.M)).result()
+        # π_ref's samples before several runs want them; in the pool, for rounding depends on the number of threads.
+        for seed in sorted({args.data_seed for args in parsed}):
+            path, seconds = f"{out}/seconds-to-draw-seed{seed}.json", {}
+            wanted = {args.M: args for args in parsed if args.data_seed == seed}
+            if name == "M" and not os.path.exists(path):  # and how long each M takes, one after the other
+                total = 0.0
+                for M in sorted(wanted):
+                    total += pool.submit(draw_samples, wanted[M]).result()
+                    seconds[M] = round(total, 2)
+                os.makedirs(out, exist_ok=True)
+                write_whole(path, json.dumps(seconds) + "\n")
+            else:
+                pool.submit(draw_samples, wanted[max(wanted)]).result()
         futures = [pool.submit(run_job, *job) for job in todo]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=f"{name} sweep of {task}", unit="run"):
@@ -475,10 +532,12 @@ def sweep(name, task, out, parallel, extra):
 def evaluate(options, extra):
     if options.log_F:
         return samples_needed(options.log_F, options.figures)
-    folders = options.runs
+    folders = list(dict.fromkeys(map(os.path.normpath, options.runs)))
     if options.sweep:
-        out = options.out or f"runs/{options.task}-{options.sweep}"
-        folders = [*folders, *sweep(options.sweep, options.task, out, options.jobs, extra)]
+        out = options.out or f"sweeps/{options.task}-{options.sweep}"
+        if options.jobs < 1:
+            raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+        folders = list(dict.fromkeys([*folders, *map(os.path.normpath, sweep(options.sweep, options.task, out, options.jobs, extra))]))
     if not folders:
         raise UserError("nothing to evaluate: name run folders, or --sweep, or --log-F (see --help)")
     runs = [read_run(folder) for folder in folders]
@@ -486,10 +545,14 @@ def evaluate(options, extra):
     if len(tasks) > 1:
         raise UserError(f"runs of different tasks cannot stand in one table: {', '.join(tasks)}")
     task = tasks[0]
+    group_seeds(runs)  # refuses what cannot stand in one table, before work
     if options.temperatures or options.reward:
         if task == "toy" and options.reward:
             raise UserError("--reward is another judge for --task imdb; toy's reward is a formula")
-        runs = [evaluate_anew(run, t, options.reward) for t in options.temperatures or [runs[0]["config"]["temperature"]] for run in tqdm(runs)]
+        if not all(t > 0 for t in options.temperatures or []):
+            raise UserError(f"--temperatures must be above 0, not {options.temperatures}")
+        with tqdm(runs, desc="judging", unit="run") as bar:
+            runs = [evaluate_anew(run, t, options.reward) for run in bar for t in options.temperatures or [run["config"]["temperature"]]]
     elif task == "toy" and options.sweep != "M":
         runs = [add_nearest_bon(run) for run in runs]
     groups = group_seeds(runs)
@@ -504,12 +567,18 @@ def evaluate(options, extra):
     if options.csv:
         write_csv(options.csv, runs)
     if options.figures and options.temperatures:
-        plot_against(options.figures, task, groups, lambda run: run["temperature"], "sampling temperature", "temperatures")
+        plot_against(options.figures, task, groups, lambda runs: runs[0]["temperature"], "sampling temperature", "temperatures")
     elif options.figures and options.sweep == "M":
-        seconds = {key: mean_and_error(runs, "seconds_sampling")[0] for key, runs in groups}
-        by_run = {id(runs[0]): seconds[name] for name, runs in groups}
-        plot_against(options.figures, task, groups, lambda run: by_run[id(run)], "seconds to draw and score the M samples", "M")
+        def seconds(runs):
+            times = []
+            for run in runs:
+                with open(f"{out}/seconds-to-draw-seed{run['config']['data_seed']}.json", encoding="utf-8") as file:
+                    times.append(json.load(file)[str(run["config"]["M"])])
+            return sum(times) / len(times)
+        plot_against(options.figures, task, groups, seconds, "seconds to draw and score the M samples of all training prompts", "M")
     elif options.figures and options.curves:
+        if task != "toy":
+            raise UserError("--curves draws exact distances, which toy runs alone have")
         plot_curves(options.figures, [(name, runs) for name, runs in groups if runs[0]["metrics"]])
     elif options.figures:
         plot_pareto(options.figures, task, runs)
@@ -532,7 +601,7 @@ def main(argv=None):
     parser.add_argument("--reward", metavar="DIR", help="judge by this reward model")
     parser.add_argument("--sweep", choices=list(SWEEPS), help="train what is missing: paper (App. F), small (5 strengths, 2 seeds), M (Figure 4)")
     parser.add_argument("--task", choices=("toy", "imdb"), default="toy", help="of the sweep [toy]")
-    parser.add_argument("--out", metavar="DIR", help="folder of the sweep's runs [runs/<task>-<sweep>]")
+    parser.add_argument("--out", metavar="DIR", help="folder of the sweep's runs [sweeps/<task>-<sweep>]")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, one thread each [number of cores]")
     parser.add_argument("--log-F", metavar="FILE", help="a file of samples: how many F needs (Table 1, Figure 3)")
 
@@ -541,7 +610,7 @@ def main(argv=None):
     parser.error = one_line
     try:
         evaluate(parser.parse_args(argv), extra)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     return 0

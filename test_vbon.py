@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -739,6 +740,9 @@ def test_losses_of_the_baselines_by_hand():
     assert bon_baselines.sft_loss(best).item() == pytest.approx(11)
     dpo = bon_baselines.dpo_loss(best, worst, ref_best, ref_worst, 0.3).item()
     assert dpo == pytest.approx(sum(math.log1p(math.exp(-0.3 * x)) for x in h) / 2)
+    for bad in (0, 2.5):
+        with pytest.raises(ValueError, match="whole number"):
+            bon_baselines.bonbon_beta(bad)
     assert bon_baselines.bonbon_beta(8) == pytest.approx(0.02755, abs=5e-6) and bon_baselines.bonbon_beta(1) == math.inf
     target = 3 * (1 + 1 / 2 + 1 / 3)  # N = 4
     contrast = sum((x - target) ** 2 for x in h) / 2
@@ -818,16 +822,29 @@ def test_pairs_are_ordered_and_log_probs_are_those_of_sampling(toy, tmp_path, mo
         expected = np.mean([sign * bon_baselines.expected_best_of_n(sign * samples["train", p][0], 5).item() for p in task.train_prompts])
         values = [g[end] for g in gaps]
         assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / math.sqrt(len(values)))
+    baseline.objective = "dpo"
+    one_pass = list(itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts[:1], baseline, random.Random(0)), 12))
+    assert len({tuple(y) for pair in one_pass for y in pair[1:]}) <= 6  # twelve pairs of six responses
     policy, _ = vbon.make_policy(task.ref, 1)
-    prompts = [task.train_prompts[i % 4] for i in range(12)]
-    tokens, mask, log_probs, _ = vbon.generate(task.ref, [task.encode(p) for p in prompts], torch.rand(12, 3), task.tokenizer.eos_token_id, 1.0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    baseline.temperature = 0.7
+    prompts = [["the plot was", "plot was", "the the acting was"][i % 3] for i in range(12)]  # padded on the left, then
+    prompt_ids, uniforms = [task.encode(p) for p in prompts], torch.rand(12, 3, generator=torch.Generator().manual_seed(1))
+    tokens, mask, of_policy, _ = vbon.generate(policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, 0.7)
     responses = [t[m].tolist() for t, m in zip(tokens, mask)]
     for K in (1, -1):
         baseline.unfrozen_layers = K
         log_pi, log_ref = bon_baselines.response_log_probs(policy, task.ref, task, prompts, responses, baseline, DEVICE)
-        torch.testing.assert_close(log_ref, log_probs.sum(1), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(log_pi.detach(), log_ref, atol=1e-5, rtol=1e-5)
-        assert log_pi.requires_grad and not log_ref.requires_grad
+        torch.testing.assert_close(log_pi.detach(), of_policy.sum(1), atol=1e-4, rtol=1e-4)
+        for i in range(12):
+            with torch.no_grad():
+                log_probs = (task.ref(torch.tensor([prompt_ids[i] + responses[i]])).logits[0] / 0.7).log_softmax(-1)
+            places = range(len(prompt_ids[i]) - 1, len(prompt_ids[i]) + len(responses[i]) - 1)
+            assert log_ref[i].item() == pytest.approx(sum(log_probs[t, y].item() for t, y in zip(places, responses[i])), abs=1e-4)
+        assert log_pi.requires_grad and not log_ref.requires_grad and not torch.allclose(log_pi.detach(), log_ref, atol=0.1)
 
 
 BASELINE_TOY = [str(x) for k, v in (TOY | {"episodes": 4096, "minibatch": 64}).items() for x in ("--" + k.replace("_", "-"), v)]
@@ -848,7 +865,10 @@ def test_baselines_on_the_toy(baselines, method):
     assert set(reference) - {"seconds_sampling", "exact/kl_to_bon_of_optimum", "episodes", "kl_to_ref_plain", "kl_to_ref_plain_se",
                              "kl_to_ref_k3", "kl_to_ref_k3_se"} <= set(result)
     assert result["exact/win_rate"] > 0.6 and result["exact/kl_to_ref"] > 0.1 and result["exact/reward"] > result["ref/reward"] + 0.5
-    if method == "bon":
+    if method == "bon":  # what was drawn agrees with what is known
+        for name in ("reward", "win_rate", "kl_to_ref"):
+            assert result[name] == pytest.approx(result["exact/" + name], abs=4 * result[name + "_se"])
+        assert result["bon/expected_reward"] == pytest.approx(result["exact/reward"], abs=0.5)
         assert abs(result["exact/kl_to_bon"]) < 1e-9 and result["exact/win_rate"] == pytest.approx(0.8, abs=0.02)
     else:
         assert result["exact/kl_to_bon"] > 0 and (baselines / method / "policy/model.safetensors").exists()
@@ -865,7 +885,8 @@ def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, word", [
     ([], "bon-sft"), (["ppo"], "bonbon"), (["bonbon", "--N", "2.5"], "whole number"), (["dpo", "--beta", "0"], "--beta"),
-    (["bonbon", "--alpha", "2"], "--alpha"), (["dpo", "--minibatch", "64", "--episodes", "32"], "--episodes")])
+    (["bonbon", "--alpha", "2"], "--alpha"), (["dpo", "--minibatch", "64", "--episodes", "32"], "--episodes"), (["dpo", "--ref", "gpt2"], "--task imdb"),
+    (["bon", "--max-new-tokens", "6"], "at most 4")])
 def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert bon_baselines.main(argv) == 2
@@ -899,12 +920,12 @@ def test_kolmogorov_smirnov():
 
 
 def test_evaluate_table_csv_and_figures(toy, baselines, tmp_path, capsys):
-    runs = [str(toy[3] / name) for name in ("one", "two", "three")]
+    runs = [str(toy[3] / name) for name in ("one", "three")]
     assert evaluate.main([*runs, "--csv", str(tmp_path / "toy.csv"), "--figures", str(tmp_path), "--curves"]) == 0
     table = capsys.readouterr().out
     results = [json.load(open(f"{run}/result.json"))["exact/kl_to_bon"] for run in runs]
-    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(3):.3f}" in table and "N = 16, closed forms" in table
-    assert len((tmp_path / "toy.csv").read_text().splitlines()) == 4
+    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(2):.3f}" in table and "N = 16, closed forms" in table
+    assert len((tmp_path / "toy.csv").read_text().splitlines()) == 3
     assert evaluate.main([*runs, *(str(baselines / m) for m in bon_baselines.METHODS), "--figures", str(tmp_path), "--responses", "1"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in ("vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "share of the Pareto front", "the acting was"))
@@ -926,7 +947,8 @@ def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch, cap
     assert evaluate.main(["bon", "dpo", "--temperatures", "0.5", "1", "--reward", str(tmp_path / "second/reward"), "--figures", "figures"]) == 0
     out = capsys.readouterr().out
     assert "T = 0.5" in out and "judge reward" in out and Path("figures/imdb-temperatures.png").exists()
-    anew, own_result = (json.load(open(path)) for path in (next(Path("dpo").glob("eval-T1-*reward.json")), "dpo/result.json"))
+    (path,) = Path("dpo").glob("eval-T1-*.json")
+    anew, own_result = json.load(open(path))["result"], json.load(open("dpo/result.json"))
     assert anew["reward"] != own_result["reward"] and anew["kl_to_ref"] == pytest.approx(own_result["kl_to_ref"], rel=1e-4)  # same responses
 
 
@@ -936,13 +958,15 @@ def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     argv = ["--sweep", "small", "--jobs", "2", "--figures", "figures", "--", *(str(x) for k, v in TOY.items() for x in ("--" + k.replace("_", "-"), v))]
     assert evaluate.main(argv) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("vBoN, N = 2", "vBoN, N = 4", "L bound, N = 4", "BoN-SFT, N = 40, M = 40", "figures/toy-bound.png"))
-    stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("result.json")}
+    assert all(name in out for name in ("vBoN, N = 2", "vBoN, N = 4", "L bound, N = 4", "BoN-SFT, N = 40, M = 400", "figures/toy-bound.png"))
+    stamps = {path: path.stat().st_mtime for path in Path("sweeps").rglob("result.json")}
     assert len(stamps) == 4
     next(iter(stamps)).unlink()
     assert evaluate.main(argv) == 0
     assert sum(path.stat().st_mtime == stamp for path, stamp in stamps.items()) == 3
-    assert evaluate.main([*argv, "--N", "nonsense"]) == 0  # nothing left to train
+    capsys.readouterr()
+    assert evaluate.main([*argv, "--clip", "0.5"]) == 2  # what is there was made otherwise
+    assert "trained with other clip" in capsys.readouterr().err
 
 
 def test_samples_needed(toy, tmp_path, monkeypatch, capsys):
@@ -960,11 +984,13 @@ def test_evaluate_refuses(toy, baselines, pieces, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     assert bon_baselines.main([str(a) for a in ["bon", *IMDB, *own(pieces), "--out", "imdb"]]) == 0
+    copy = shutil.copytree(toy[3] / "one", tmp_path / "copy")
     (tmp_path / "few.jsonl").write_text('{"vbon_samples": 2}\n')
     for argv, word in ((["run"], "not a finished run"), ([str(toy[3] / "one"), "imdb"], "different tasks"), ([], "nothing to evaluate"),
                        (["imdb", "--reward", "no/such-judge"], "--reward"), ([str(toy[3] / "one"), "--reward", "x"], "--task imdb"),
                        (["--log-F", "few.jsonl"], "600 samples"), (["--log-F", "none.jsonl"], "no such file"), (["--nonsense"], "--nonsense"),
-                       (["--sweep", "small", "--", "--N", "-3"], "--N must be"), (["--temperatures", "hot"], "--temperatures")):
+                       (["--sweep", "small", "--", "--N", "3"], "sets --N"), (["--sweep", "small", "--", "--lr", "-3"], "--lr must be"),
+                       (["--sweep", "small", "--jobs", "0"], "--jobs"), ([str(toy[3] / "one"), str(copy)], "a seed comes twice"), (["--temperatures", "hot"], "--temperatures")):
         capsys.readouterr()
         assert evaluate.main(argv) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -272,16 +272,16 @@ class Args:
                     (low is None or value >= low) and (above is None or value > above) and value <= (high or sys.float_info.max)):
                 raise UserError(f"{name} must be " + (f"at least {low}" if above is None else f"above {above}")
                                 + (f" and at most {high:g}" if high else "") + f", not {value}")
+        if self.task == "toy" and self.max_new_tokens > 4:
+            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
+        if self.task == "toy" and (self.ref or self.reward or self.dataset):
+            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
         self.check()
         if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
             raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
 
     def check(self):
-        """What must hold between flags, and the defaults that follow from others."""
-        if self.task == "toy" and self.max_new_tokens > 4:
-            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
-        if self.task == "toy" and (self.ref or self.reward or self.dataset):
-            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
+        """What must hold between the flags of this script, and the defaults that follow from others."""
         if not self.minibatch <= self.rollouts <= self.episodes:
             raise UserError(f"need --minibatch ≤ --rollouts ≤ --episodes, not {self.minibatch}, {self.rollouts}, {self.episodes}")
         if self.beta is None and self.N > 1:
@@ -293,6 +293,9 @@ class Args:
         if self.out is None:
             strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
             self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+
+
+PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every")  # what a run's numbers do not depend on
 
 
 def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
@@ -725,7 +728,7 @@ def reference_samples(task, args, device, keep_tokens=False):
               "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
               "data_seed": args.data_seed}
     path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
-    rewards, tokens = read_samples(path, header, keep_tokens)
+    rewards, tokens = read_samples(path, header, keep_tokens, mend=True)
     wanted = [("train", p, args.M) for p in dict.fromkeys(task.train_prompts)]
     wanted += [("test", p, args.test_M) for p in dict.fromkeys(task.test_prompts)]
     have = {key: len(values) for key, values in rewards.items()}
@@ -787,11 +790,11 @@ def checked_scores(task, prompts, responses):
     return scores
 
 
-def read_samples(path, header, keep_tokens=False):
+def read_samples(path, header, keep_tokens=False, mend=False):
     """{(split, prompt): list of rewards} and the like of token ids from a file of samples; empty if there is none yet.
 
     Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
-    line break was being written when a run was killed: it is cut off and drawn again.
+    line break was being written when a run was killed: it does not count, and `mend` cuts it off.
     """
     rewards, tokens = {}, {}
     if not os.path.exists(path):
@@ -823,7 +826,7 @@ def read_samples(path, header, keep_tokens=False):
                 tokens.setdefault(key, []).extend(entry["tokens"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
-    if whole < len(content):
+    if mend and whole < len(content):
         os.truncate(path, whole)
     return rewards, tokens
 
@@ -1138,8 +1141,14 @@ def begin(args):
 
 def open_run(args, task):
     """Called once the input is known to be good: makes the run's folder; for the toy computes its exact world and prints it."""
+    if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
+        with open(f"{args.out}/config.json", encoding="utf-8") as file:
+            started = json.load(file)
+        for name, value in asdict(args).items():
+            if name not in PLACES and started.get(name) != value:
+                raise UserError(f"--resume: {args.out} was started with {name} = {started.get(name)!r}, not {value!r}")
     os.makedirs(args.out, exist_ok=True)
-    for name in ("result.json", "samples.jsonl") + (() if args.resume else ("metrics.jsonl", "checkpoint.pt")):
+    for name in ("result.json", "samples.jsonl") + (() if args.resume else ("checkpoint.pt",)):
         if os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
@@ -1195,7 +1204,7 @@ def set_lr(optimizer, args, progress):
 def save_checkpoint(args, done, optimizer, generator=None):
     """All that a run needs to go on after `done` phases (a line of metrics each): weights and their moments, the generator.
     The rest follows from the seed."""
-    torch.save({"done": done, "args": asdict(args), "weights": [p.detach() for p in optimizer.param_groups[0]["params"]],
+    torch.save({"done": done, "weights": [p.detach() for p in optimizer.param_groups[0]["params"]],
                 "optimizer": optimizer.state_dict(), "generator": generator and generator.get_state()}, f"{args.out}/checkpoint.tmp")
     os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
@@ -1204,11 +1213,9 @@ def load_checkpoint(args, optimizer, generator=None):
     """Puts the run back to its last checkpoint, cuts off the metrics of later phases, and returns how many were done."""
     path = f"{args.out}/checkpoint.pt"
     if not (args.resume and os.path.exists(path)):
+        write_whole(f"{args.out}/metrics.jsonl", "")
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in asdict(args).items():
-        if name not in ("resume", "overwrite", "out", "samples", "device", "save_every") and state["args"].get(name) != value:
-            raise UserError(f"--resume: {args.out} was started with {name} = {state['args'].get(name)!r}, not {value!r}")
     with torch.no_grad():
         for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
             p.copy_(saved)
@@ -1233,9 +1240,7 @@ def train(args):
     device, task = begin(args)
     torch.manual_seed(args.seed)
     policy, value_head = make_policy(task.ref, args.unfrozen_layers)
-    sampling = time.perf_counter()
     ref_rewards = reference_samples(task, args, device)
-    sampling = time.perf_counter() - sampling
     world, exact = open_run(args, task), {}
     if world:
         optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
@@ -1267,7 +1272,7 @@ def train(args):
                              "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
             bar.update(args.rollouts)
 
-    extra = {"episodes": phases * args.rollouts, "seconds_sampling": round(sampling, 1)} | exact
+    extra = {"episodes": phases * args.rollouts} | exact
     if world:
         extra["exact/kl_to_bon_of_optimum"] = optimum["exact/kl_to_bon"]
     return close_run(args, task, world, *judge(task, *sample_policy(policy, task, args, device), ref_rewards, extra), policy)
