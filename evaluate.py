@@ -284,6 +284,15 @@ def subplots(number, title):
     return figure, axes[0]
 
 
+def kl_axis(axes):
+    """KL to the right, on a scale of its square root: N from 1 to 512 and the strays of tens of nats fit one picture."""
+    axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x ** 2))
+    axes.set_xlim(left=0)
+    ticks = [t for t in (0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30) if t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xlabel("KL(π_θ ‖ π_ref), nats")
+
+
 def scatter(axes, runs, value, shares=None):
     """One point per run, error bars over prompts where the metric is estimated; off its method's own front it is faded."""
     for method in METHODS.values():
@@ -293,12 +302,12 @@ def scatter(axes, runs, value, shares=None):
         points, label = [point(run, value) for run in own], method
         if shares and method in shares:
             label += f" ({100 * shares[method]:.0f} % of the front)"
+        axes.plot([], [], "x" if method == "BoN" else "o", color=COLORS[method], label=label)
         for run, (x, y), on_front in zip(own, points, pareto_front(points).tolist()):
             estimated = "exact/" + value not in run["result"]
             axes.errorbar(x, y, xerr=run["result"].get("kl_to_ref_se") if estimated else None,
                           yerr=run["result"].get(value + "_se") if estimated else None, fmt="x" if method == "BoN" else "o",
-                          color=COLORS[method], alpha=1 if on_front else 0.25, ms=5, lw=0.8, label=label)
-            label = None
+                          color=COLORS[method], alpha=1 if on_front else 0.25, ms=5, lw=0.8)
 
 
 def plot_pareto(folder, task, runs):
@@ -313,7 +322,8 @@ def plot_pareto(folder, task, runs):
         else:  # the reward has no closed form: a line through what was measured
             measured = sorted(point(run, value) for run in runs if run["method"] == "BoN")
             a.plot([x for x, _ in measured], [y for _, y in measured], color="black", lw=1)
-        a.set(xlabel="KL(π_θ ‖ π_ref), nats", ylabel=name)
+        a.set_ylabel(name)
+        kl_axis(a)
         a.legend(fontsize=8)
     save(figure, f"{folder}/{task}-pareto.png")
 
@@ -324,7 +334,8 @@ def plot_bound(folder, task, runs):
     figure, axes = subplots(2, f"{task}: vBoN (Eq. 5) against its lower bounds")
     for a, value, name in zip(axes, ("win_rate", "reward"), ("win rate over π_ref", "mean reward")):
         scatter(a, runs, value)
-        a.set(xlabel="KL(π_θ ‖ π_ref), nats", ylabel=name)
+        a.set_ylabel(name)
+        kl_axis(a)
         a.legend(fontsize=8)
     save(figure, f"{folder}/{task}-bound.png")
 
@@ -336,7 +347,8 @@ def plot_distance(folder, runs):
         points = sorted((run["result"]["exact/kl_to_ref"], run["result"]["exact/kl_to_nearest_bon"]) for run in runs if run["method"] == method)
         if points and method != "BoN":
             axes.plot(*zip(*points), "o", color=COLORS[method], ms=4, alpha=0.7, label=method)
-    axes.set(yscale="log", xlabel="exact KL(π_θ ‖ π_ref), nats", ylabel="min over N of exact KL(π_θ ‖ π_bon), nats")
+    axes.set(yscale="log", ylabel="min over N of exact KL(π_θ ‖ π_bon), nats")
+    kl_axis(axes)
     axes.legend(fontsize=8)
     save(figure, f"{folder}/toy-distance.png")
 
