@@ -180,8 +180,9 @@ def show_responses(groups, number):
     prompts = list(dict.fromkeys(s["prompt"] for s in samples[0][1]))[:number]
     for prompt in prompts:
         print(f"\n{prompt}")
-        rows = [(name, next((s for s in lines if s["prompt"] == prompt), None)) for name, lines in samples]
-        print(aligned([[name, f"{s['reward']:.2f}", s["response"].replace("\n", " ").strip().ljust(1)] for name, s in rows if s]))
+        for name, lines in samples:
+            for s in [s for s in lines if s["prompt"] == prompt][:1]:
+                print(f"  {name:<{max(len(name) for name, _ in samples)}}  {s['reward']:6.2f}  " + s["response"].replace("\n", " ").strip())
 
 
 # ======================================================================================================================
