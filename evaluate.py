@@ -79,15 +79,17 @@ def group_seeds(runs):
         else:
             name += f", M = {run['config']['M']}"
         name += run.get("suffix", "")
-        groups.setdefault((list(METHODS.values()).index(run["method"]), value, name, json.dumps(same, sort_keys=True)), []).append(run)
+        order = list(METHODS.values()).index(run["method"]), value, same.get("M", 0)
+        groups.setdefault((order, name, json.dumps(same, sort_keys=True)), []).append(run)
     settings = {}  # rows that would share a name are told apart by the settings in which they differ
-    for key in sorted(groups):
-        settings.setdefault(key[2], []).append(json.loads(key[3]))
+    for _, name, same in sorted(groups):
+        settings.setdefault(name, []).append(json.loads(same))
     named = []
     for key in sorted(groups):
-        ours, all_of_name = json.loads(key[3]), settings[key[2]]
-        differing = [k for k in ours if len({json.dumps(other.get(k)) for other in all_of_name}) > 1]
-        named.append((", ".join([key[2], *(f"{k} = {ours[k]}" for k in differing)]), groups[key]))
+        _, name, same = key
+        ours = json.loads(same)
+        differing = [k for k in ours if len({json.dumps(other.get(k)) for other in settings[name]}) > 1]
+        named.append((", ".join([name, *(f"{k} = {ours[k]}" for k in differing)]), groups[key]))
         seeds = [(run["config"]["seed"], run["config"]["data_seed"]) for run in groups[key]]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"a seed comes twice among {', '.join(run['folder'] for run in groups[key])}: leave one out")
