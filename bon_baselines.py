@@ -104,13 +104,14 @@ DPO_RESPONSES, DPO_PAIRS = 6, 12  # six responses to a prompt, and twelve of the
 @dataclass
 class Args(vbon.Args):
     objective: str = flag("the method", choices=METHODS)
-    N: number = flag("the N of Best-of-N, a whole number; dpo has none, and toy measures its distance to this one", 16, low=1, high=1e6)
+    N: number = flag("the N of Best-of-N, a whole number; dpo has none, and toy measures its distance to this one", low=1, high=1e6,
+                     toy=16, imdb=16, tldr=100)
     M: int = flag("stored samples of π_ref per training prompt to learn from; more are drawn where N asks for more", 200, low=1)
-    beta: float = flag("dpo: how close the policy is held to π_ref", above=0, toy=0.1, imdb=0.1)
+    beta: float = flag("dpo: how close the policy is held to π_ref", above=0, toy=0.1, imdb=0.1, tldr=0.1)
     alpha: float = flag("bonbon: weight of the likelihood term; default: both terms weigh the same", low=0, high=1)
-    episodes: int = flag("training examples in all: best responses, or pairs", low=1, toy=81_920, imdb=10_240)
+    episodes: int = flag("training examples in all: best responses, or pairs", low=1, toy=81_920, imdb=10_240, tldr=10_240)
     lr_schedule: str = flag("constant, or linear decay to zero", "linear", ("constant", "linear"))
-    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=1e-4)
+    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=1e-4, tldr=3e-6)
 
     def check(self):
         if self.objective != "dpo" and self.N != int(self.N):
@@ -180,7 +181,7 @@ def sample_best(task, ref_rewards, args, device):
         for rows in torch.rand(N, T, generator=generator, device=device).split(512):
             with vbon.autocast(args, device):
                 tokens, mask, log_probs, _ = vbon.generate(task.ref, [task.encode(prompt)], rows, task.tokenizer.eos_token_id, args.temperature)
-            texts += vbon.decode(task, [prompt] * len(rows), tokens, mask)
+            texts += vbon.decode(task, [prompt] * len(rows), vbon.token_lists(tokens, mask))
             log_p += log_probs.double().sum(1).tolist()
         rewards = torch.tensor(vbon.checked_scores(task, [prompt] * N, texts), dtype=torch.double)
         best = best_of_n(rewards).item()
@@ -214,7 +215,7 @@ def train(args):
     world, exact = vbon.open_run(args, task), {}
     steps, log_every = args.episodes // args.minibatch, 8
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
     pairs = training_pairs(samples, task.train_prompts, args, random.Random(args.seed))
     done = vbon.load_checkpoint(args, optimizer) * log_every
     pairs = itertools.islice(pairs, done * args.minibatch, None)

@@ -7,6 +7,7 @@
     python evaluate.py runs/* --temperatures .25 .5 .75 1                # draws anew at other temperatures (Figure 5)
     python evaluate.py runs/* --reward DIR                               # … judges by a reward that was not trained on
     python evaluate.py --sweep paper --task toy --figures figures        # App. F: trains what is missing, then all of the above
+    python evaluate.py --export samples/imdb-….jsonl theirs.jsonl        # the samples in the authors' format
     python evaluate.py --log-F samples/imdb-….jsonl --figures figures    # how many samples does F need? (Table 1, Figure 3)
 
 Runs that differ in their seeds alone are one row: mean ± standard error over seeds (one seed: over test prompts).
@@ -37,7 +38,8 @@ METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PP
            "bon-sft": "BoN-SFT", "bon": "BoN"}
 COLUMNS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_ref_plain": "… plain estimate",
            "kl_to_ref_k3": "… k3 estimate", "exact/kl_to_bon": "exact KL to π_bon", "exact/kl_to_nearest_bon": "… to nearest N",
-           "exact/kl_to_ref": "exact KL to π_ref", "exact/reward": "exact reward", "exact/win_rate": "exact win rate"}
+           "exact/kl_to_ref": "exact KL to π_ref", "exact/reward": "exact reward", "exact/win_rate": "exact win rate",
+           "in/reward": "reward, in-distribution", "in/win_rate": "win rate, in", "out/reward": "reward, out of it", "out/win_rate": "win rate, out"}
 
 # ======================================================================================================================
 # 1. Reading runs
@@ -226,7 +228,7 @@ def evaluate_anew(run, temperature, reward):
             device, task = vbon.begin(args)
             judge = replace(task, train_prompts=[])
             if reward:
-                score, reward_id = vbon.load_reward(reward, device)
+                score, reward_id = vbon.load_reward(reward, device, task.end, args.no_eos_reward)
                 judge = replace(judge, score=score, reward_id=reward_id)
             ref_rewards = vbon.reference_samples(judge, args, device)
             if args.objective == "bon":  # chooses by the reward it always had
@@ -378,8 +380,12 @@ def plot_curves(folder, groups):
 
 def plot_against(folder, task, groups, of, xlabel, name):
     """Figures 4 and 5: reward and win rate against of(runs), mean and standard error over seeds, a line per method and strength."""
-    figure, axes = subplots(2, task)
-    for a, value in zip(axes, ("reward", "win_rate")):
+    apart = task == "tldr" and all("in/reward" in run["result"] and "out/reward" in run["result"] for _, runs in groups for run in runs)
+    names = {"reward": "reward", "win_rate": "win rate"}
+    parts = {"in/": "in-distribution ", "out/": "out-of-distribution "} if apart else {"": ""}
+    panels = {part + value: text + names[value] for part, text in parts.items() for value in names}
+    figure, axes = subplots(len(panels), task)
+    for a, value in zip(axes, panels):
         lines = {}
         for _, runs in groups:
             symbol, strong = strength(runs[0])
@@ -388,7 +394,7 @@ def plot_against(folder, task, groups, of, xlabel, name):
         for i, (label, rows) in enumerate(lines.items()):
             x, mean, error = zip(*sorted(rows))
             a.errorbar(x, mean, [e or 0 for e in error], fmt="o-", capsize=3, color=f"C{i}", label=label)
-        a.set(xlabel=xlabel, ylabel=value.replace("_", " "))
+        a.set(xlabel=xlabel, ylabel=panels[value])
         a.legend(fontsize=8)
     save(figure, f"{folder}/{task}-{name}.png")
 
@@ -415,7 +421,7 @@ def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file of samples")
-    rewards, _ = vbon.read_samples(path, {"vbon_samples": 2})
+    rewards, _ = vbon.read_samples(path, {"vbon_samples": 3})
     prompts = {prompt: torch.tensor(r[:most], dtype=torch.double) for (split, prompt), r in rewards.items() if len(r) >= most}
     if not prompts:
         raise UserError(f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
@@ -436,6 +442,26 @@ def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
             a.set(xlabel="reward", ylabel="log F̂, nats", title=f"{kind}: {prompt!r}")
             a.legend(fontsize=8)
         save(figure, f"{folder}/log_F.png")
+
+
+def export(path, target, flat):
+    """The training samples of a file of samples as the authors' lines: {"prompt", "responses", "rewards"}, or with `flat` a line
+    {"prompt", "text", "reward"} for each response, whose text holds the prompt. vbon.py --import-samples reads both."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file of samples")
+    vbon.read_samples(path, {"vbon_samples": 3})  # refuses a damaged one
+    rows = {}
+    with open(path, encoding="utf-8") as file:
+        for line in list(file)[1:]:
+            entry = json.loads(line) if line.endswith("\n") else {"split": "torn"}
+            if entry["split"] == "train":
+                rows.setdefault(entry["prompt"], []).extend(zip(entry["responses"], entry["rewards"]))
+    if flat:
+        lines = [{"prompt": p, "text": p + y, "reward": r} for p, pairs in rows.items() for y, r in pairs]
+    else:
+        lines = [{"prompt": p, "responses": [y for y, _ in pairs], "rewards": [r for _, r in pairs]} for p, pairs in rows.items()]
+    write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(f"{target}: {len(lines)} lines, {sum(map(len, rows.values()))} samples of {len(rows)} training prompts")
 
 
 # ======================================================================================================================
@@ -545,6 +571,8 @@ def sweep(name, task, out, parallel, extra):
 
 
 def evaluate(options, extra):
+    if options.export:
+        return export(*options.export, options.flat)
     if options.log_F:
         return samples_needed(options.log_F, options.figures)
     folders = list(dict.fromkeys(map(os.path.normpath, options.runs)))
@@ -615,10 +643,12 @@ def main(argv=None):
     parser.add_argument("--temperatures", metavar="T", type=float, nargs="+", help="draw anew at these temperatures")
     parser.add_argument("--reward", metavar="DIR", help="judge by this reward model")
     parser.add_argument("--sweep", choices=list(SWEEPS), help="train what is missing: paper (App. F), small (5 strengths, 2 seeds), M (Figure 4)")
-    parser.add_argument("--task", choices=("toy", "imdb"), default="toy", help="of the sweep [toy]")
+    parser.add_argument("--task", choices=vbon.TASKS, default="toy", help="of the sweep [toy]")
     parser.add_argument("--out", metavar="DIR", help="folder of the sweep's runs [sweeps/<task>-<sweep>]")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="runs at a time, one thread each [number of cores]")
     parser.add_argument("--log-F", metavar="FILE", help="a file of samples: how many F needs (Table 1, Figure 3)")
+    parser.add_argument("--export", metavar=("FILE", "TO"), nargs=2, help="write a file of samples as the authors' lines: prompt, responses, rewards")
+    parser.add_argument("--flat", action="store_true", help="with --export: a line for each response, prompt, text, reward")
 
     def one_line(message):
         raise UserError(message + " (see --help)")

@@ -4,15 +4,18 @@ The mathematics is held against brute force, 50-digit arithmetic and simulation;
 forward passes and hand-worked cases; the command line as a user would call it, offline, on small models made here.
 """
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: a test must not wait for a hub
@@ -488,9 +491,9 @@ def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def weights(run):
+def weights(run, file="policy/model.safetensors"):
     from safetensors.torch import load_file
-    return load_file(f"{run}/policy/model.safetensors")
+    return load_file(f"{run}/{file}")
 
 
 @pytest.mark.parametrize("script, argv", [("vbon.py", []), ("bon_baselines.py", ["bonbon", "--N", "4"])])
@@ -575,7 +578,7 @@ def save_small_models(folder, labels=2, eos=True, seed=0):
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<|endoftext|>"] + alphabet)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     torch.manual_seed(seed)
-    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "ref")
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "ref")
     PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "<|endoftext|>"} if eos else {})).save_pretrained(folder / "ref")
     names = {1: {0: "LABEL_0"}, 2: {0: "NEGATIVE", 1: "POSITIVE"}, 3: {0: "A", 1: "B", 2: "C"}}[labels]
     DistilBertForSequenceClassification(DistilBertConfig(
@@ -612,7 +615,7 @@ def test_own_models_and_prompts(pieces, tmp_path, monkeypatch, objective):
     samples = [json.loads(line) for line in open("run/samples.jsonl")]
     assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0 and len(samples) == 2  # a tenth of 20 prompts is held out
     stored = [json.loads(line) for line in open(next(Path("samples").iterdir()))][1:]
-    assert len(stored) == 8 and all(s["prompt"].startswith("Film number") for s in stored)
+    assert len(stored) == (2 if objective == "rlhf" else 8) and all(s["prompt"].startswith("Film number") for s in stored)
 
 
 def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch):
@@ -663,7 +666,7 @@ def test_imdb_verbatim_without_a_hub(tmp_path):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "samples").exists()
 
 
-def lay_out_hub(home, models, reviews):
+def lay_out_hub(home, models, dataset, config, splits):
     """An offline cache of the hub: a snapshot for each model, and the data set where `datasets` looks for it offline."""
     import datasets
     for name, folder in models.items():
@@ -672,25 +675,25 @@ def lay_out_hub(home, models, reviews):
         (base / "refs/main").write_text("0" * 40)
         (base / "snapshots").mkdir()
         (base / "snapshots" / ("0" * 40)).symlink_to(folder.resolve())
-    source = home / "plain"
-    for split, rows in reviews.items():
-        source.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(source / f"{split}-00000-of-00001.parquet")
-    datasets.load_dataset(str(source), cache_dir=str(home / "tmp"))
-    made = next((home / "tmp").rglob("dataset_info.json")).parent
-    target = home / "datasets/stanfordnlp___imdb/plain_text/0.0.0" / ("0" * 40)
+    (home / "plain").mkdir()
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(home / "plain" / f"{split}-00000-of-00001.parquet")
+    datasets.load_dataset(str(home / "plain"), cache_dir=str(home / "tmp"))
+    made, short = next((home / "tmp").rglob("dataset_info.json")).parent, dataset.split("/")[1]
+    target = home / "datasets" / dataset.replace("/", "___") / config / "0.0.0" / ("0" * 40)
     target.parent.mkdir(parents=True)
     made.rename(target)
     for path in target.glob("*.arrow"):
-        path.rename(target / ("imdb-" + path.name.split("-", 1)[1]))
+        path.rename(target / (short + "-" + path.name.split("-", 1)[1]))
     info = json.loads((target / "dataset_info.json").read_text())
-    (target / "dataset_info.json").write_text(json.dumps(info | {"config_name": "plain_text", "dataset_name": "imdb", "builder_name": "parquet"}))
+    (target / "dataset_info.json").write_text(json.dumps(info | {"config_name": config, "dataset_name": short, "builder_name": "parquet"}))
 
 
 def test_imdb_verbatim_from_an_offline_hub(pieces, tmp_path):
     """--task imdb with the hub's names and only its sizes cut down, from a cache that holds small models."""
     reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2} for i in range(40)]
     lay_out_hub(tmp_path / "home", {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"},
+                "stanfordnlp/imdb", "plain_text",
                 {"train": reviews, "test": [{"text": "Another " + r["text"], "label": r["label"]} for r in reviews]})
     sizes = IMDB[2:-2]
     result = command("--task", "imdb", "--N", "16", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
@@ -710,6 +713,274 @@ def test_imdb_on_real_models_and_reviews(tmp_path):
                      HF_HOME=str(tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     assert 0.2 < json.load(open(tmp_path / "run/result.json"))["ref/reward"] < 0.8
+
+
+# --- tldr -------------------------------------------------------------------------------------------------------------
+
+
+def save_small_pythias(folder):
+    """GPTNeoX models as the hub's: a policy, and two with a scalar head, over bytes; EOS is token 0, as in pythia."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<|endoftext|>", "<|padding|>"] + alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    torch.manual_seed(0)
+    shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, bos_token_id=0, eos_token_id=0,
+                 max_position_embeddings=256)
+    for name, model in (("ref", GPTNeoXForCausalLM(GPTNeoXConfig(**shape))),
+                        *((n, GPTNeoXForSequenceClassification(GPTNeoXConfig(**shape, num_labels=1, pad_token_id=1))) for n in ("reward", "judge"))):
+        model.save_pretrained(folder / name)
+        pad = {} if name == "ref" else {"pad_token": "<|padding|>"}
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", model_max_length=256, **pad).save_pretrained(folder / name)
+
+
+def post(i, subreddit):
+    return {"id": str(i), "subreddit": subreddit, "title": f"Title {i}", "post": f"First paragraph of {i}.\n\n" + "More of it. " * (i % 30),
+            "summary": "A summary."}
+
+
+def test_tldr_verbatim_from_an_offline_hub(tmp_path):
+    """The commands of the README with the hub's names: training, both test distributions, the larger judge, Figure 5."""
+    save_small_pythias(tmp_path)
+    rows = [post(i, ("relationships", "relationship_advice", "tifu", "AskReddit")[i % 4]) for i in range(120)]
+    hub = "cleanrl/EleutherAI_pythia-{}-deduped__{}__tldr"
+    lay_out_hub(tmp_path / "home", {hub.format("2.8b", "sft"): tmp_path / "ref", hub.format("2.8b", "reward"): tmp_path / "reward",
+                                    hub.format("6.9b", "reward"): tmp_path / "judge"},
+                "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "default", {"train": rows[:80], "test": rows[80:]})
+    sizes = ["--episodes", 8, "--rollouts", 4, "--minibatch", 4, "--M", 5, "--test-M", 4, "--train-prompts", 6, "--test-prompts", 8,
+             "--max-new-tokens", 8, "--unfrozen-layers", 1]
+    result = command("--task", "tldr", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs/tldr-vbon-N100-M5-seed0"
+    config, found = json.load(open(run / "config.json")), json.load(open(run / "result.json"))
+    assert (config["estimator"], config["temperature"], config["lr"], config["adam_eps"], config["value_coef"]) == ("smooth", 0.7, 3e-6, 1e-5, 0.2)
+    samples = [json.loads(line) for line in open(run / "samples.jsonl")]
+    assert [vbon.in_distribution(s["prompt"]) for s in samples] == [True] * 4 + [False] * 4
+    for s in samples:
+        assert s["prompt"].endswith("\n\nTL;DR:") and len(s["prompt"].encode()) <= 256 - 8
+        assert (s["reward"] == -1.0) == (not s["response"].endswith("<|endoftext|>"))
+    assert found["reward"] == pytest.approx((found["in/reward"] + found["out/reward"]) / 2)
+    (stored,) = [[json.loads(line) for line in open(path)][1:] for path in (tmp_path / "samples").iterdir()]
+    ended = {y.endswith("<|endoftext|>") for line in stored for y in line["responses"]}
+    assert False in ended and all(vbon.in_distribution(line["prompt"]) for line in stored if line["split"] == "train")
+    figure = command(str(run), "--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1, "--figures", "figures", cwd=tmp_path,
+                     script="evaluate.py", HF_HOME=str(tmp_path / "home"))
+    assert figure.returncode == 0 and "T = 0.25, judge EleutherAI_pythia-6.9b" in figure.stdout, figure.stderr
+    assert (tmp_path / "figures/tldr-temperatures.png").stat().st_size > 10_000
+
+
+def test_scalar_rewards_are_read_off_the_last_token(tmp_path):
+    """Padding never counts, EOS does: the reward of a text does not depend on the others in its batch."""
+    save_small_pythias(tmp_path)
+    score, name = vbon.load_reward(str(tmp_path / "reward"), DEVICE, "<|endoftext|>", -1.0)
+    texts = ["short<|endoftext|>", "a good deal longer than the other<|endoftext|>", "cut off"]
+    together = score(["p: "] * 3, texts)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    model, tokenizer = (kind.from_pretrained(tmp_path / "reward") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    ids = tokenizer("p: " + texts[0], return_tensors="pt").input_ids
+    assert ids[0, -1] == 0
+    by_hand = model.score(model.base_model(ids).last_hidden_state[:, -1]).item()
+    assert together[0] == pytest.approx(by_hand, abs=1e-5) == pytest.approx(score(["p: "], texts[:1])[0], abs=1e-5)
+    assert together[2] == -1.0 and "-1.0 without" in name
+
+
+def test_posts_are_cut_to_fit():
+    count = types.SimpleNamespace(encode=str.split)
+    row = {"subreddit": "tifu", "title": "T", "post": "one two three\n\nfour five\n\nsix"}
+    assert vbon.tldr_prompt(row, count, 99) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two three\n\nfour five\n\nsix\n\nTL;DR:"
+    assert vbon.tldr_prompt(row, count, 11) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two three\n\nfour five\n\nTL;DR:"
+    assert vbon.tldr_prompt(row, count, 8) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two\n\nTL;DR:"
+
+
+# --- the file of samples: killed, shared, damaged, exchanged; several processes; vLLM ---------------------------------
+
+
+def test_sampling_killed_twice_ends_with_the_same_file(pieces, tmp_path):
+    flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 60, "--test-M", 30, "--train-prompts", 16, "--sample-batch", 240]]
+    whole = command(*flags, "--samples", "whole.jsonl", "--out", "a", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    content = (tmp_path / "whole.jsonl").read_bytes()
+    for killed_after in (1, 3):
+        process = subprocess.Popen([sys.executable, "-c", f"""
+import os, sys; sys.path.insert(0, {str(HERE)!r}); import vbon
+append, count = vbon.append_lines, [0]
+def appended(path, header, lines):
+    append(path, header, lines); count[0] += 1
+    if count[0] == {killed_after}:
+        open(path, "ab").write(b'{{"split": "train", "pro')  # torn, as a write that was killed leaves it
+        os.kill(os.getpid(), 9)
+vbon.append_lines = appended
+vbon.main(sys.argv[1:])""", *flags, "--samples", "killed.jsonl", "--out", "b"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert process.wait() == -9
+        assert len((tmp_path / "killed.jsonl").read_bytes()) < len(content)
+    assert command(*flags, "--samples", "killed.jsonl", "--out", "b", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == content
+
+
+def test_two_runs_on_one_file_take_turns(pieces, tmp_path):
+    flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 300, "--train-prompts", 16, "--samples", "s.jsonl"]]
+    runs = [subprocess.Popen([sys.executable, str(HERE / "vbon.py"), *flags, "--out", f"r{i}"], cwd=tmp_path, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
+    outputs = [run.communicate() for run in runs]
+    assert all(run.returncode == 0 for run in runs), outputs
+    lines = [json.loads(line) for line in open(tmp_path / "s.jsonl")][1:]
+    assert len(lines) == len({(line["split"], line["prompt"]) for line in lines}) == 18
+    assert sum("drawn by" in out for out, _ in outputs) == 1 or any("waiting for it" in out for out, _ in outputs)
+
+
+def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path, monkeypatch):
+    """Bits flipped, lines cut, doubled, swapped or of other types, in 300 ways: refused, or read as if nothing had happened."""
+    args, _, task, _ = toy
+    monkeypatch.chdir(tmp_path)
+    args = vbon.Args(**TOY | {"samples": "s.jsonl", "M": 6, "test_M": 6})
+    right = vbon.reference_samples(task, args, DEVICE)
+    content, rng, refused = Path("s.jsonl").read_bytes(), random.Random(0), 0
+    lines = content.splitlines(keepends=True)
+    for i in range(300):
+        damaged = bytearray(content)
+        if i < 200:
+            place = rng.randrange(len(damaged))
+            damaged[place] ^= 1 << rng.randrange(8)
+        elif i < 240:
+            cut = sorted(rng.sample(range(len(content)), 2))
+            damaged = content[:cut[0]] + content[cut[1]:]
+        elif i < 260:
+            damaged = b"".join([*lines, rng.choice(lines)])
+        elif i < 280:
+            damaged = b"".join([lines[0], *rng.sample(lines[1:], len(lines) - 1), b"\xff\xfe\n"])
+        else:
+            wrong = json.loads(lines[1]) | {rng.choice(["rewards", "tokens", "start", "split", "prompt", "responses"]): rng.choice([None, 3, "x", [math.nan]])}
+            damaged = b"".join([lines[0], json.dumps(wrong).encode() + b"\n", *lines[2:]])
+        Path("s.jsonl").write_bytes(damaged)
+        try:
+            got = vbon.reference_samples(task, args, DEVICE)
+            assert all(torch.equal(got[key], right[key]) for key in right), i
+        except vbon.UserError as error:
+            refused += 1
+            assert "line " in str(error) or "was made with" in str(error) or "not a file of samples" in str(error), (i, str(error))
+    assert refused > 250
+
+
+def test_samples_in_the_authors_formats(pieces, tmp_path):
+    flags = [str(a) for a in [*IMDB, *own(pieces)]]
+    assert command(*flags, "--samples", "s.jsonl", "--out", "a", cwd=tmp_path).returncode == 0
+    policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
+    for flat in ([], ["--flat"]):
+        assert command("--export", "s.jsonl", "theirs.jsonl", *flat, cwd=tmp_path, script="evaluate.py").returncode == 0
+        row = json.loads((tmp_path / "theirs.jsonl").read_text().splitlines()[0])
+        assert set(row) == ({"prompt", "text", "reward"} if flat else {"prompt", "responses", "rewards"})
+        (tmp_path / "own.jsonl").unlink(missing_ok=True)
+        again = command(*flags, "--samples", "own.jsonl", "--import-samples", "theirs.jsonl", "--out", "b", "--overwrite", cwd=tmp_path)
+        assert again.returncode == 0 and "samples of 6 of the 6 training prompts taken over" in again.stdout, again.stderr
+        assert (tmp_path / "b/policy/model.safetensors").read_bytes() == policy  # the same F, and so the same run
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "text": "y", "reward": 1}\n{"prompt": "x", "text": "y", "reward": NaN}\n')
+    refused(command(*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c", cwd=tmp_path), "bad.jsonl, line 2")
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def torchrun(*argv, cwd, **environment):
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "vbon.py"), *map(str, argv)]
+    return subprocess.run(command_line, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def test_two_processes_are_as_one(pieces, tmp_path):
+    """The same samples, byte by byte, and the same weights up to rounding; a shared trunk, and minibatches that fall unevenly."""
+    flags = [str(a) for a in [*IMDB, *own(pieces), "--rollouts", 16, "--episodes", 64, "--lr", 1e-3]]
+    one = command(*flags, "--samples", "one.jsonl", "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
+    two = torchrun(*flags, "--samples", "two.jsonl", "--out", "two", cwd=tmp_path)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    before = weights(pieces / "ref", "model.safetensors")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-4 and 2e-3 < max((a[k] - before[k]).abs().max() for k in a if k in before)
+    rows = [[json.loads(line) for line in open(tmp_path / run / "metrics.jsonl")] for run in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 4
+    for m, n in zip(*rows):
+        assert all(m[k] == pytest.approx(n[k], abs=1e-4) for k in m if not k.startswith("time/"))
+    assert two.stdout.count("win rate") == 1  # one process speaks
+    uneven = torchrun(*flags, "--rollouts", 15, "--minibatch", 3, "--out", "three", cwd=tmp_path)
+    assert uneven.returncode != 0 and "vbon.py: --rollouts 15 cannot be shared out evenly to 2 processes" in uneven.stderr
+
+
+def test_a_killed_process_ends_the_run_which_resumes(tmp_path):
+    flags = [x for k, v in (TOY | {"episodes": 16384, "save_every": 2, "eval_every": 100}).items() for x in ("--" + k.replace("_", "-"), v)]
+    whole = torchrun(*flags, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    launcher = tmp_path / "killed.py"
+    launcher.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import vbon
+phase, count = vbon.ppo_phase, [0]
+def killed(*args):
+    count[0] += 1
+    if count[0] == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return phase(*args)
+vbon.ppo_phase = killed
+sys.exit(vbon.main())
+""")
+    stopped = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launcher),
+                              *map(str, flags), "--out", "killed"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert stopped.returncode != 0 and (tmp_path / "killed/checkpoint.pt").exists() and not (tmp_path / "killed/result.json").exists()
+    assert "another process of this run ended" in stopped.stderr, stopped.stderr
+    resumed = torchrun(*flags, "--out", "killed", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; .ci/run has an environment with it")
+def test_vllm_samples_the_same_distribution(tmp_path):
+    """The same task through both backends: rewards agree in distribution, log-probs of the same tokens to 1e-3."""
+    if (SHARED / "imdb-mini").exists():
+        models, data = SHARED / "imdb-mini", SHARED / "imdb"
+    else:
+        save_small_models(tmp_path)
+        write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Film number {i} is"} for i in range(20)])
+        models, data = tmp_path, tmp_path / "prompts.jsonl"
+    base = ["--task", "imdb", "--ref", models / "ref", "--reward", models / "reward", "--dataset", data, "--episodes", 16, "--rollouts", 16,
+            "--minibatch", 16, "--train-prompts", 8, "--test-prompts", 2, "--test-M", 8, "--M", 128, "--max-new-tokens", 20, "--N", 2, "--unfrozen-layers", 1]
+    files = {}
+    for backend, name in (("hand", "this script"), ("vllm", "vLLM")):
+        result = command(*base, "--backend", backend, "--samples", backend + ".jsonl", "--out", backend, cwd=tmp_path, HF_HUB_OFFLINE="1",
+                         VLLM_CPU_KVCACHE_SPACE="1")
+        assert result.returncode == 0 and f"drawn by {name}" in result.stdout, result.stderr[-3000:]
+        files[backend] = [json.loads(line) for line in open(tmp_path / f"{backend}.jsonl")][1:]
+    for split in ("train", "test"):
+        rewards = {backend: torch.tensor([r for line in lines if line["split"] == split for r in line["rewards"]], dtype=torch.double)
+                   for backend, lines in files.items()}
+        assert len(rewards["hand"]) == len(rewards["vllm"])
+        assert evaluate.kolmogorov_smirnov(rewards["hand"], rewards["vllm"])[1] > 0.001
+    ours = torch.tensor([len(t) for line in files["hand"] for t in line["tokens"]], dtype=torch.double)
+    theirs = torch.tensor([len(t) for line in files["vllm"] for t in line["tokens"]], dtype=torch.double)
+    assert evaluate.kolmogorov_smirnov(ours, theirs)[1] > 0.001  # EOS ends both alike
+    script = tmp_path / "log_probs.py"
+    script.write_text(f"""
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(model={str(models / "ref")!r}, dtype="float32", seed=0)
+    lines = [json.loads(line) for line in open("hand.jsonl")][1:4]
+    tok = llm.get_tokenizer()
+    out = []
+    for line in lines:
+        prompt, tokens = tok.encode(line["prompt"]), line["tokens"][0]
+        got = llm.generate([{{"prompt_token_ids": prompt + tokens}}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)[0]
+        out.append([prompt, tokens, [got.prompt_logprobs[len(prompt) + i][t].logprob for i, t in enumerate(tokens)]])
+    json.dump(out, open("log_probs.json", "w"))
+""")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    from transformers import AutoModelForCausalLM
+    lm = AutoModelForCausalLM.from_pretrained(models / "ref", dtype=torch.float32)
+    for prompt, tokens, theirs in json.load(open(tmp_path / "log_probs.json")):
+        with torch.no_grad():
+            logits = lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]
+        ours = vbon.token_log_probs(logits, torch.tensor(tokens))
+        assert (ours - torch.tensor(theirs)).abs().max() < 1e-3
 
 
 # --- bon_baselines.py -------------------------------------------------------------------------------------------------

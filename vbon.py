@@ -17,15 +17,20 @@ All logarithms are natural (nats). B is a batch of responses, T a number of toke
 """
 import argparse
 import copy
+import functools
+import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -33,6 +38,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -211,41 +217,50 @@ def number(text):
     return int(value) if value.is_integer() else value
 
 
+TASKS = ("toy", "imdb", "tldr")
+
+
 @dataclass
 class Args:
-    task: str = flag("what to align: toy (exact, nothing to download) or imdb (positive reviews)", "toy", ("toy", "imdb"))
+    task: str = flag("what to align: toy (exact, nothing to download), imdb (positive reviews), tldr (summaries of posts)", "toy", TASKS)
     objective: str = flag("vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", "vbon", OBJECTIVES)
-    N: number = flag("the N of Best-of-N, any real number from 1", 16, low=1, high=1e9)
+    N: number = flag("the N of Best-of-N, any real number from 1", low=1, high=1e9, toy=16, imdb=16, tldr=100)
     M: int = flag("samples of π_ref per training prompt that estimate F; vBoN ends about (N−1)/(4M) nats from BoN", 200, low=1)
-    estimator: str = flag("how log F is read off the M samples", "add_one", ESTIMATORS)
+    estimator: str = flag("how log F is read off the M samples; smooth fits −a·exp(−b·r) to add_one's", None, (*ESTIMATORS, "smooth"),
+                          toy="add_one", imdb="add_one", tldr="smooth")
     beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N", low=0, high=1e9)
 
-    ref: str = flag("reference model: a hub name or folder, any causal LM with a KV cache", imdb="lvwerra/gpt2-imdb")
+    ref: str = flag("reference model: a hub name or folder, any causal LM with a KV cache", imdb="lvwerra/gpt2-imdb",
+                    tldr="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr")
     reward: str = flag("reward model: a hub name or folder, any classifier with one logit (the reward) or two "
-                       "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb")
+                       "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb",
+                       tldr="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr")
     dataset: str = flag("prompts: a hub name, a folder, or a .jsonl file, with a `prompt` field, or with a `text` field "
-                        "to cut prefixes from", imdb="stanfordnlp/imdb")
-    train_prompts: int = flag("number of training prompts", low=1, toy=4, imdb=5000)
-    test_prompts: int = flag("number of test prompts", low=1, toy=512, imdb=512)
-    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", low=1, toy=1000, imdb=64)
-    max_new_tokens: int = flag("longest response, in tokens", low=1, toy=4, imdb=40)
-    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at this temperature", 1.0, above=0)
+                        "to cut prefixes from; tldr takes `subreddit`, `title` and `post` too", imdb="stanfordnlp/imdb",
+                        tldr="vwxyzjn/summarize_from_feedback_tldr_3_filtered")
+    train_prompts: int = flag("number of training prompts", low=1, toy=4, imdb=5000, tldr=5000)
+    test_prompts: int = flag("number of test prompts", low=1, toy=512, imdb=512, tldr=512)
+    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", low=1, toy=1000, imdb=64, tldr=16)
+    max_new_tokens: int = flag("longest response, in tokens", low=1, toy=4, imdb=40, tldr=53)
+    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at it", above=0, toy=1.0, imdb=1.0, tldr=0.7)
+    no_eos_reward: float = flag("what a response without EOS earns, whatever the reward model says; default: what that says", tldr=-1.0)
 
-    episodes: int = flag("responses that are trained on in all", toy=163_840, imdb=80_000)
-    rollouts: int = flag("responses per PPO phase", low=1, toy=2048, imdb=128)
-    minibatch: int = flag("responses per gradient step", low=1, toy=256, imdb=32)
-    ppo_epochs: int = flag("passes over the responses of a phase", low=1, toy=2, imdb=4)
-    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=3e-5)
-    lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant")
+    episodes: int = flag("responses that are trained on in all", toy=163_840, imdb=80_000, tldr=10_000)
+    rollouts: int = flag("responses per PPO phase", low=1, toy=2048, imdb=128, tldr=32)
+    minibatch: int = flag("responses per gradient step", low=1, toy=256, imdb=32, tldr=32)
+    ppo_epochs: int = flag("passes over the responses of a phase", low=1, toy=2, imdb=4, tldr=4)
+    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=3e-5, tldr=3e-6)
+    lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant", tldr="linear")
     adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95, low=0, high=0.99999)
+    adam_eps: float = flag("AdamW's ε", low=0, toy=1e-8, imdb=1e-8, tldr=1e-5)
     weight_decay: float = flag("AdamW's weight decay", 1e-6, low=0)
     gamma: float = flag("discount", 1.0, low=0, high=1)
-    lam: float = flag("λ of generalized advantage estimation", low=0, high=1, toy=1.0, imdb=0.95)
+    lam: float = flag("λ of generalized advantage estimation", low=0, high=1, toy=1.0, imdb=0.95, tldr=0.95)
     clip: float = flag("clip range of the policy ratio", 0.2, above=0)
     value_clip: float = flag("clip range of the value function", 0.2, above=0)
-    value_coef: float = flag("weight of the value loss", 1.0, low=0)
+    value_coef: float = flag("weight of the value loss", low=0, toy=1.0, imdb=1.0, tldr=0.2)
     reward_clip: float = flag("terminal rewards are clipped to ± this (not those of bound1, which hold log p)", 10.0, above=0)
-    unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2)
+    unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2, tldr=2)
 
     seed: int = flag("seed of training and of the final evaluation", 0)
     data_seed: int = flag("seed of the prompts, of the M samples and of toy's π_ref: runs that differ in --seed share them", 0)
@@ -253,9 +268,13 @@ class Args:
     dtype: str = flag("arithmetic of the forward passes; weights stay float32", "float32", ("float32", "bfloat16"))
     out: str = flag("folder of this run; default runs/<task>-<objective>-…-seed<seed>")
     samples: str = flag("file of π_ref's scored samples, read and extended; default samples/<task>-<fingerprint>.jsonl")
+    import_samples: str = flag("a file of the authors' lines (prompt, responses, rewards, or prompt, text, reward) to take into --samples")
+    backend: str = flag("what samples π_ref: hand (this script), vllm, or auto: vllm where it is installed and a GPU is there", "auto",
+                        ("auto", "hand", "vllm"))
+    sample_batch: int = flag("responses of π_ref decoded at a time, which sets the memory of sampling", low=1, toy=512, imdb=512, tldr=64)
     eval_every: int = flag("toy: phases between exact evaluations", 10, low=1)
     overwrite: bool = flag("replace a finished run in --out", False)
-    save_every: int = flag("phases between checkpoints; 0 for none", low=0, toy=20, imdb=25)
+    save_every: int = flag("phases between checkpoints; 0 for none", low=0, toy=20, imdb=25, tldr=25)
     resume: bool = flag("go on from the last checkpoint in --out; the run ends as if it had never stopped", False)
 
     def __post_init__(self):
@@ -275,7 +294,9 @@ class Args:
         if self.task == "toy" and self.max_new_tokens > 4:
             raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
         if self.task == "toy" and (self.ref or self.reward or self.dataset):
-            raise UserError("--ref, --reward and --dataset go with --task imdb; toy brings its own")
+            raise UserError("--ref, --reward and --dataset go with --task imdb or tldr; toy brings its own")
+        if self.task == "toy" and (self.backend == "vllm" or self.no_eos_reward is not None):
+            raise UserError("--backend vllm and --no-eos-reward go with --task imdb or tldr")
         self.check()
         if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
             raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
@@ -290,12 +311,14 @@ class Args:
             raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
         if self.objective == "bound1" and self.estimator == "log_mean":
             raise UserError("--estimator log_mean is −inf at k = 0, and bound1's rewards are not clipped: use add_one or posterior")
+        if self.estimator == "smooth" and self.M < 3:
+            raise UserError("--estimator smooth needs --M of at least 3")
         if self.out is None:
             strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
             self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
 
-PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every")  # what a run's numbers do not depend on
+PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every", "import_samples", "backend", "sample_batch")  # what a run's numbers do not depend on
 
 
 def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
@@ -322,6 +345,61 @@ def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidde
     return Args(**vars(parser.parse_args(argv)))
 
 
+# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing -----------------------------
+
+
+def start_processes(args):
+    """Under torchrun, joins the other processes; all but the first fall silent. Each takes the GPU of its number."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    signal.signal(signal.SIGTERM, another_ended)  # sent by torchrun where a process has died
+    dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def another_ended(*_):
+    """another process of this run ended, see its message; the same command with --resume goes on from the last checkpoint"""
+    raise UserError(another_ended.__doc__)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(x):
+    """[x of each process]; x anything that pickles."""
+    everyones = [x] * processes()
+    if processes() > 1:
+        dist.all_gather_object(everyones, x)
+    return everyones
+
+
+def from_first(make):
+    """make() of the first process, in all of them."""
+    box = [make() if rank() == 0 else None]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(tensors):
+    """Sums tensors over the processes, in place, in one message."""
+    if processes() > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
 # ======================================================================================================================
 # 3. Tasks: a reference model, a reward, prompts
 # ======================================================================================================================
@@ -336,6 +414,7 @@ class Task:
     train_prompts: list               # texts; may repeat
     test_prompts: list
     reward_id: str                    # what identifies the reward in the file of samples
+    end: str = ""                     # what marks, in its text, a response that EOS ended; nothing unless the reward must see it
 
 
 # --- toy: film verdicts of at most four tokens, each one of which can be enumerated -----------------------------------
@@ -465,7 +544,7 @@ def exact_optimum(world, ref_rewards, args):
 
     Its distance from π_bon is the price of the estimate (about (N−1)/(4M) nats), or of another objective than BoN's.
     """
-    log_F = torch.stack([estimate_log_F(world["rewards"], r, args.estimator) for r in ref_rewards])
+    log_F = torch.stack([log_F_of(world["rewards"], r, args) for r in ref_rewards])
     reward, c = terminal_reward(world["rewards"], log_F, world["log_ref"], args)
     return (world["log_ref"] + reward / max(c, 1e-9)).log_softmax(1)
 
@@ -484,7 +563,7 @@ def exact_metrics(log_pi, world):
     }
 
 
-# --- imdb, and your own models and prompts ----------------------------------------------------------------------------
+# --- imdb and tldr, and your own models and prompts -------------------------------------------------------------------
 
 
 def load(what, loader, name, **kwargs):
@@ -502,17 +581,17 @@ def load(what, loader, name, **kwargs):
                         f"Pass --{what} FOLDER to use a local one.") from None
 
 
-def imdb_task(args, device):
-    """π_ref, a sentiment classifier as the reward, and the first 2–8 tokens of reviews as prompts (§5; any pieces do)."""
+def text_task(args, device):
+    """π_ref, a classifier of texts as the reward, and prompts, of imdb, tldr or your own (§5, §6)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = load("ref", AutoTokenizer, args.ref)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of --ref {args.ref} has no EOS token, so no response could end: set its eos_token")
     ref = load("ref", AutoModelForCausalLM, args.ref, dtype=torch.float32).to(device).eval()
-    score, reward_id = load_reward(args.reward, device)
-    rng = random.Random(args.data_seed)
-    train, test = read_prompts(args, tokenizer, rng)
+    end = "" if args.no_eos_reward is None else tokenizer.eos_token
+    score, reward_id = load_reward(args.reward, device, end, args.no_eos_reward)
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
+    train, test = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
     for prompt in train + test:
         length = len(tokenizer.encode(prompt))
         if length == 0:
@@ -520,25 +599,47 @@ def imdb_task(args, device):
         if length + args.max_new_tokens > context:
             raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's "
                             f"context of {context}: {prompt[:60]!r}…")
+    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id, end)
 
-    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id)
 
-
-def load_reward(name, device):
-    """A sequence classifier as a function (prompts, responses) -> rewards, and the fingerprint of its weights."""
+def load_reward(name, device, end="", without_end=None):
+    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it. With `end`, responses
+    whose text does not end so earn the fixed reward `without_end`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     tokenizer = load("reward", AutoTokenizer, name)
     classifier = load("reward", AutoModelForSequenceClassification, name, dtype=torch.float32).to(device).eval()
     if classifier.config.num_labels not in (1, 2):
         raise UserError(f"--reward {name} has {classifier.config.num_labels} labels; a reward has 1 logit or 2 labels")
 
-    def score(prompts, responses):  # of the whole review, as a reader sees it
-        return classifier_rewards(classifier, tokenizer, [p + r for p, r in zip(prompts, responses)])
-    return score, fingerprint(classifier)
+    def score(prompts, responses):  # of the whole text, as a reader sees it
+        ended = [i for i, response in enumerate(responses) if response.endswith(end)]
+        rewards = [without_end] * len(responses)
+        for i, r in zip(ended, classifier_rewards(classifier, tokenizer, [prompts[i] + responses[i] for i in ended])):
+            rewards[i] = r
+        return rewards
+    return score, fingerprint(classifier) + (f", {without_end} without {end}" if end else "")
 
 
-def read_prompts(args, tokenizer, rng):
+IN_DISTRIBUTION = ("relationships", "relationship_advice")  # tldr trains on these subreddits; tests are half on them, half on others
+
+
+def in_distribution(prompt):
+    """Whether a tldr prompt comes from the subreddits that are trained on; None for a prompt that names no subreddit."""
+    return prompt.split("\n")[0][len("SUBREDDIT: r/"):] in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
+
+
+def tldr_prompt(row, tokenizer, longest):
+    """OpenAI's format for a Reddit post, which loses its last paragraphs, or else its last words, to fit `longest` tokens."""
+    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
+    post = row["post"].strip()
+    while post and len(tokenizer.encode(head + post + tail)) > longest:
+        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
+    return head + post + tail
+
+
+def read_prompts(args, tokenizer, longest):
     """--dataset's training and test prompts. Without a test split the last tenth is held out for testing."""
+    fields_read = ("prompt", "text", "subreddit", "title", "post")
     if args.dataset.endswith((".jsonl", ".json")):
         if not os.path.exists(args.dataset):
             raise UserError(f"--dataset {args.dataset}: no such file")
@@ -547,7 +648,7 @@ def read_prompts(args, tokenizer, rng):
             for i, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    rows.append({key: row[key] for key in ("prompt", "text") if key in row})
+                    rows.append({key: row[key] for key in fields_read if key in row})
                     if not all(isinstance(value, str) for value in rows[-1].values()) or not rows[-1]:
                         raise ValueError
                 except (ValueError, AttributeError, TypeError):
@@ -573,35 +674,49 @@ def read_prompts(args, tokenizer, rng):
     else:
         held_out = max(1, len(train) // 10)
         test, train_rows, test_rows = train, range(len(train) - held_out), range(len(train) - held_out, len(train))
+    rng = random.Random(args.data_seed)
 
-    def draw(rows, indices, number):
+    def draw(rows, indices, number, related=None):
+        """`number` prompts in random order; of tldr's, those that are or are not from the subreddits that are trained on."""
         prompts = []
         for i in rng.sample(indices, len(indices)):
             if len(prompts) == number:
                 break
             row = rows[i]
             if isinstance(row.get("prompt"), str):
-                prompts.append(row["prompt"])
+                prompt = row["prompt"]
+            elif all(isinstance(row.get(key), str) for key in ("subreddit", "title", "post")):
+                if related not in (None, row["subreddit"] in IN_DISTRIBUTION):
+                    continue
+                prompt = tldr_prompt(row, tokenizer, longest)
             elif isinstance(row.get("text"), str):
                 ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
                 prompt = tokenizer.decode(ids)
                 # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
-                if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids:
-                    prompts.append(prompt)
+                if tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids:
+                    continue
             else:
                 raise UserError(f"--dataset {args.dataset} has a row without a `prompt` or `text` that is a string, only {', '.join(row)}")
+            if related in (None, in_distribution(prompt)):
+                prompts.append(prompt)
         if not prompts:
-            raise UserError(f"--dataset {args.dataset} gave no prompt")
+            kind = {None: "", True: " of r/relationships or r/relationship_advice", False: " of other subreddits"}[related]
+            raise UserError(f"--dataset {args.dataset} gave no prompt{kind}")
         return prompts
 
-    return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
+    if args.task != "tldr":
+        return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
+    half = (args.test_prompts + 1) // 2
+    return draw(train, train_rows, args.train_prompts, True), [
+        *draw(test, test_rows, half, True), *draw(test, test_rows, args.test_prompts - half, False)]
 
 
 @torch.no_grad()
 def classifier_rewards(model, tokenizer, texts, batch=128):
     """r(text) for each text: a single logit as it is, or the probability of the positive one of two labels."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # causal classifiers read off the last token that is not padding, which may be EOS
+        ends_with_eos = tokenizer.eos_token and texts and texts[0].endswith(tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0)) if ends_with_eos else tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # of a text that is too long the end counts: the response
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
@@ -648,6 +763,39 @@ def forward(lm, ids, mask, keep, cache=None):
     return logits.float(), hidden[0].float()
 
 
+@cache
+def roomy_layer():
+    """transformers' cache of one layer, with room to grow: its own concatenates, which copies the whole cache for every token.
+    (A class made on the first call, since importing transformers takes seconds that `import vbon` should not.)"""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room = None  # buffers of keys and values; self.keys and self.values are views of what is in use of them
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            B, heads, new, _ = key_states.shape
+            length = self.get_seq_length()
+            if self.room is None or self.room[0].shape[2] < length + new:
+                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in (key_states, value_states)]
+                if length:
+                    self.room[0][:, :, :length], self.room[1][:, :, :length] = self.keys, self.values
+                self.is_initialized = True
+            for buffer, x in zip(self.room, (key_states, value_states)):
+                buffer[:B, :, length:length + new] = x
+            self.keys, self.values = (buffer[:B, :, :length + new] for buffer in self.room)
+            return self.keys, self.values
+
+        def batch_repeat_interleave(self, repeats):
+            super().batch_repeat_interleave(repeats)
+            self.room = None
+
+        def batch_select_indices(self, indices):  # those that stay move to the front
+            super().batch_select_indices(indices)
+            for buffer, x in zip(self.room or (), (self.keys, self.values)):
+                buffer[:len(indices), :, :x.shape[2]] = x
+    return RoomyLayer
+
+
 def sample_tokens(logits, uniforms):
     """One token per row by inverting the CDF at a uniform number: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
 
@@ -671,10 +819,11 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     Returns tokens (B, T), mask (B, T) true up to and including EOS, log-probs and values (B, T), zero after it.
     Each prompt is read once and its cache shared out; rows leave the batch as soon as they end.
     """
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, mask = pad(prompts, eos, "left", device)
     kv = DynamicCache(config=lm.config)
+    kv.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in kv.layers]
     logits, hidden = forward(lm, ids, mask, 1, kv)
     if copies > 1:
         kv.batch_repeat_interleave(copies)
@@ -684,7 +833,7 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
     rows = torch.arange(B, device=device)  # which responses are still growing
     for t in range(T):
-        token, log_prob = sample_tokens(logits[:, -1] / temperature, uniforms[rows, t])
+        token, log_prob = sample_tokens(logits[:, -1] if temperature == 1 else logits[:, -1] / temperature, uniforms[rows, t])
         tokens[rows, t], log_probs[rows, t], done[rows, t] = token, log_prob, True
         if value_head is not None:
             values[rows, t] = value_head(hidden[:, -1]).squeeze(-1)
@@ -719,66 +868,216 @@ def reference_samples(task, args, device, keep_tokens=False):
 
     Returns {(split, prompt): (M,) float64}; with keep_tokens {(split, prompt): (rewards in the order drawn, list of lists of
     token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them, then lines {"split",
-    "prompt", "start", "responses", "rewards", "tokens"}. A second run reads them; one with a larger M, or more prompts, or
-    one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and the prompt alone.
-    One run at a time may fill a file.
+    "prompt", "start", "responses", "rewards", "tokens", "crc32"}. A second run reads them; one with a larger M, or more
+    prompts, or one that was killed, adds what is missing, and two runs at once take turns. The samples of a prompt depend
+    on --data-seed, the split and the prompt alone. Objective rlhf, which has no F, needs none for training.
     """
-    header = {"vbon_samples": 2, "task": args.task, "ref": fingerprint(task.ref),
+    header = {"vbon_samples": 3, "task": args.task, "ref": fingerprint(task.ref),
               "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
               "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
               "data_seed": args.data_seed}
     path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
-    rewards, tokens = read_samples(path, header, keep_tokens, mend=True)
-    wanted = [("train", p, args.M) for p in dict.fromkeys(task.train_prompts)]
-    wanted += [("test", p, args.test_M) for p in dict.fromkeys(task.test_prompts)]
-    have = {key: len(values) for key, values in rewards.items()}
-    todo = [(split, p, M) for split, p, M in wanted if have.get((split, p), 0) < M]
-    if not todo:
-        print(f"π_ref's samples: read from {path}")
-    else:
+    M = 0 if args.objective == "rlhf" else args.M
+    wanted = {("train", p): M for p in task.train_prompts} | {("test", p): args.test_M for p in task.test_prompts}
+
+    def missing():
+        return [key for key in wanted if len(rewards.get(key, ())) < wanted[key]]
+    rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens))
+    if args.import_samples or missing():
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        missing = sum(M - have.get((split, p), 0) for split, p, M in todo)
-        with tqdm(total=missing, desc=f"π_ref's samples -> {path}", unit="") as bar:
-            for split, prompt, M in todo:
-                start = have.get((split, prompt), 0)
-                responses, ids = sample_reference(task, args, device, split, prompt, start, M)
-                new = checked_scores(task, [prompt] * len(responses), responses)
-                line = {"split": split, "prompt": prompt, "start": start, "responses": responses, "rewards": new, "tokens": ids}
-                with open(path, "a", encoding="utf-8") as file:
-                    if file.tell() == 0:
-                        file.write(json.dumps(header) + "\n")
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                rewards.setdefault((split, prompt), []).extend(new)
-                tokens.setdefault((split, prompt), []).extend(ids if keep_tokens else [])
-                bar.update(M - start)
+        with (locked(path) if rank() == 0 else nullcontext()):
+            rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens, mend=True))
 
-    def first(split, prompt, M):
-        r = torch.tensor(rewards[split, prompt][:M], dtype=torch.double)
-        return (r, tokens[split, prompt][:M]) if keep_tokens else r.sort().values
-    return {(split, p): first(split, p, M) for split, p, M in wanted}
+            def keep(lines):
+                append_lines(path, header, lines)
+                for line in lines:
+                    key = line["split"], line["prompt"]
+                    rewards.setdefault(key, []).extend(line["rewards"])
+                    tokens.setdefault(key, []).extend(line["tokens"] if keep_tokens else [])
+            if args.import_samples:
+                keep(imported_lines(args.import_samples, task, args, wanted, {key: len(r) for key, r in rewards.items()}))
+            total = sum(wanted[key] - len(rewards.get(key, ())) for key in missing())
+            with (sampler(task, args, device) if total else nullcontext((None, 1)) as (sample, rows),
+                  tqdm(total=total, desc=f"π_ref's samples -> {path}", unit="", disable=not total) as bar):
+                todo = set(missing())
+                batches = [b for b in fixed_batches(wanted, rows, lambda p: len(task.encode(p))) if todo & set(b)]
+                have = {key: len(r) for key, r in rewards.items()}
+                for i in range(0, len(batches), processes()):  # each process takes one, and gets the lines of all
+                    mine = batches[i + rank():i + rank() + 1]
+                    for lines in gathered([line for b in mine for line in draw_lines(task, args, b, wanted[b[0]], have, sample)]):
+                        keep(lines)
+                        bar.update(sum(len(line["rewards"]) for line in lines))
+    else:
+        print(f"π_ref's samples: read from {path}")
 
-
-def sample_reference(task, args, device, split, prompt, start, M, batch=512):
-    """Responses number start … M−1 of π_ref to one prompt: texts, and token ids with EOS."""
-    seed = int.from_bytes(hashlib.sha256(f"{args.data_seed} {split} {prompt}".encode()).digest()[:8], "big")
-    uniforms = np.random.default_rng(seed).random((M, args.max_new_tokens), dtype=np.float32)[start:]
-    texts, ids = [], []
-    for rows in torch.from_numpy(uniforms).split(batch):
-        with autocast(args, device):
-            tokens, mask, _, _ = generate(task.ref, [task.encode(prompt)], rows.to(device),
-                                          task.tokenizer.eos_token_id, args.temperature)
-        texts += decode(task, [prompt] * len(tokens), tokens, mask)
-        ids += [t[m].tolist() for t, m in zip(tokens.cpu(), mask.cpu())]
-    return texts, ids
+    def first(key, M):
+        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
+        return (r, tokens[key][:M]) if keep_tokens else r.sort().values
+    return {key: first(key, M) for key, M in wanted.items()}
 
 
-def decode(task, prompts, tokens, mask):
-    """Responses as texts without EOS, just as they follow the prompt: some tokenizers drop a leading space otherwise."""
+def fixed_batches(wanted, rows, length):
+    """The keys (split, prompt) of `wanted` in batches of about `rows` responses, prompts of similar length together.
+
+    A batch is drawn as a whole, and batches depend on nothing but what is wanted: rounding differs between batches of other
+    shapes, so this is what makes a run that was killed and started again end with the very bytes of one that was not.
+    """
+    batches = []
+    for split in ("train", "test"):
+        keys = sorted((key for key in wanted if key[0] == split), key=lambda key: (length(key[1]), key))
+        per_batch = max([1, *(rows // max(1, wanted[key]) for key in keys[:1])])
+        batches += [keys[i:i + per_batch] for i in range(0, len(keys), per_batch)]
+    return batches
+
+
+def draw_lines(task, args, batch, M, have, sample):
+    """Draws and scores what is missing of one batch of prompts: the lines for the file, as dicts."""
+    drawn = [have.get(key, 0) for key in batch]
+    start = min((n for n in drawn if n < M), default=M)
+    ids = sample([key for key in batch], start, M)
+    prompts = [prompt for _, prompt in batch for _ in range(start, M)]
+    responses = decode(task, prompts, [row for rows in ids for row in rows])
+    rewards = checked_scores(task, prompts, responses)
+    lines = []
+    for j, ((split, prompt), n) in enumerate(zip(batch, drawn)):
+        rows = slice(j * (M - start) + n - start, (j + 1) * (M - start))
+        if n < M:
+            lines.append({"split": split, "prompt": prompt, "start": n, "responses": responses[rows], "rewards": rewards[rows],
+                          "tokens": ids[j][n - start:]})
+    return lines
+
+
+def seed_of(*what):
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
+
+
+def hand_sampler(task, args, device):
+    """A function (keys, start, M) -> responses number start … M−1 of π_ref to each prompt, lists of token ids with EOS."""
+    def sample(keys, start, M):
+        uniforms = np.concatenate([np.random.default_rng(seed_of(args.data_seed, *key)).random((M, args.max_new_tokens), np.float32)[start:]
+                                   for key in keys])
+        ids = []
+        for rows in torch.from_numpy(uniforms).split(args.sample_batch if len(keys) == 1 else len(uniforms)):
+            with autocast(args, device):
+                tokens, mask, _, _ = generate(task.ref, [task.encode(prompt) for _, prompt in keys], rows.to(device),
+                                              task.tokenizer.eos_token_id, args.temperature)
+            ids += token_lists(tokens, mask)
+        return [ids[i:i + M - start] for i in range(0, len(ids), M - start)]
+    return sample
+
+
+@contextmanager
+def sampler(task, args, device):
+    """The function that samples π_ref, and how many responses it takes at a time: by hand, or by a vLLM engine, which is shut
+    down at the end so that training has the memory."""
+    wants = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
+             "hand": False, "vllm": True}[args.backend]
+    print(f"π_ref's samples: drawn by {'vLLM' if wants else 'this script'}")
+    if not wants:
+        yield hand_sampler(task, args, device), args.sample_batch
+        return
+    if processes() > 1:
+        raise UserError("--backend vllm has an engine of its own: draw the samples with one process first, then start torchrun")
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError(f"--backend vllm: {error}; see requirements.txt for what fits beside the rest") from None
+    llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
+              max_model_len=getattr(task.ref.config, "max_position_embeddings", None), gpu_memory_utilization=0.5)
+
+    def sample(keys, start, M):
+        params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens, detokenize=False,
+                                 seed=seed_of(args.data_seed, *key, start) >> 32) for key in keys]
+        prompts = [{"prompt_token_ids": task.encode(prompt)} for _, prompt in keys]
+        return [[list(one.token_ids) for one in request.outputs] for request in llm.generate(prompts, params, use_tqdm=False)]
+    try:
+        yield sample, 16_384
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def imported_lines(path, task, args, wanted, have):
+    """Training samples from a file of the authors' lines, {"prompt", "responses", "rewards"} or {"prompt", "text", "reward"}, for
+    the prompts that have none yet. That --ref made them at this temperature is for the user to know. Raises UserError."""
+    found = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                texts, rewards = (row["responses"], row["rewards"]) if "responses" in row else ([row["text"]], [row["reward"]])
+                if not isinstance(row["prompt"], str) or len(texts) != len(rewards) or not all(isinstance(t, str) for t in texts) \
+                        or not all(type(r) in (int, float) and math.isfinite(r) for r in rewards):
+                    raise ValueError
+                found.setdefault(row["prompt"], []).extend(zip(texts, rewards))
+    except OSError as error:
+        raise UserError(f"--import-samples {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--import-samples {path}, line {number}: no prompt with its responses and finite rewards") from None
+    lines, eos = [], task.tokenizer.eos_token_id
+    for prompt, pairs in found.items():
+        if ("train", prompt) in wanted and not have.get(("train", prompt)):
+            texts = [text.removeprefix(prompt) for text, _ in pairs]  # their "text" holds the prompt too
+            start = len(task.encode(prompt))
+            ids = [task.tokenizer.encode(prompt + text.removesuffix(task.end))[start:] for text in texts]
+            ids = [row + [eos] if len(row) < args.max_new_tokens else row[:args.max_new_tokens] for row in ids]
+            lines.append({"split": "train", "prompt": prompt, "start": 0, "responses": texts, "rewards": [r for _, r in pairs], "tokens": ids})
+    print(f"{path}: samples of {len(lines)} of the {len(set(task.train_prompts))} training prompts taken over")
+    return lines
+
+
+@contextmanager
+def locked(path):
+    """Holds the file of samples against other runs, which wait for their turn. (Windows has no such locks: none is taken.)"""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run is filling {path}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            break
+        file.close()  # it was removed meanwhile
+    try:
+        yield
+    finally:
+        if os.path.getsize(path) == 0:
+            os.remove(path)
+        file.close()
+
+
+def append_lines(path, header, lines):
+    """Adds lines to the file of samples, each sealed by a checksum, so that no damage can pass for a reward."""
+    if rank() > 0 or not lines:
+        return
+    with open(path, "ab") as file:
+        bodies = [json.dumps(line, ensure_ascii=False)[:-1].encode() for line in lines]
+        sealed = b"".join(body + f', "crc32": {zlib.crc32(body)}}}\n'.encode() for body in bodies)
+        file.write(sealed if file.tell() else json.dumps(header).encode() + b"\n" + sealed)
+
+
+def token_lists(tokens, mask):
+    """Responses (B, T) as B lists of token ids, EOS included."""
+    return [row[:n] for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+
+def decode(task, prompts, rows):
+    """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space otherwise. EOS
+    leaves no trace, unless the reward must see it (task.end)."""
     def text(ids):
         return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
-    rows = zip(prompts, tokens.tolist(), mask.sum(1).tolist())
-    return [text(starts[p][0] + row[:length])[starts[p][1]:] for p, row, length in rows]
+    eos = task.tokenizer.eos_token_id
+    return [text(starts[p][0] + row)[starts[p][1]:] + (task.end if row[-1:] == [eos] else "") for p, row in zip(prompts, rows)]
 
 
 def checked_scores(task, prompts, responses):
@@ -796,39 +1095,50 @@ def read_samples(path, header, keep_tokens=False, mend=False):
     Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
     line break was being written when a run was killed: it does not count, and `mend` cuts it off.
     """
-    rewards, tokens = {}, {}
-    if not os.path.exists(path):
-        return rewards, tokens
+    rewards, tokens, whole = {}, {}, 0
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            for number, line in enumerate(file, 1):
+                try:
+                    if not line.endswith(b"\n"):
+                        if number == 1 and not json.dumps(header).encode().startswith(line):  # not even our own header, torn
+                            raise UserError(f"{path} is not a file of samples: pass another with --samples")
+                        if mend:
+                            os.truncate(path, whole)
+                        break
+                    whole += len(line)
+                    entry = json.loads(line)
+                    if number == 1:
+                        for key, value in header.items():
+                            if entry.get(key) != value:
+                                raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
+                                                "pass another file with --samples, or remove it")
+                        continue
+                    body, _, checksum = line.rpartition(b', "crc32": ')
+                    values = rewards.setdefault((entry["split"], entry["prompt"]), [])
+                    if zlib.crc32(body) != int(checksum[:-2]) or entry["start"] != len(values):
+                        raise ValueError
+                    values += entry["rewards"]
+                    if keep_tokens:
+                        tokens.setdefault((entry["split"], entry["prompt"]), []).extend(entry["tokens"])
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    whole = content.rfind(b"\n") + 1
-    if not whole and not json.dumps(header).encode().startswith(content):  # not even our own header, torn
-        raise UserError(f"{path} is not a file of samples: pass another with --samples")
-    for number, line in enumerate(content[:whole].splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if number == 1:
-                for key, value in header.items():
-                    if entry.get(key) != value:
-                        raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
-                                        "pass another file with --samples, or remove it")
-                continue
-            key = entry["split"], entry["prompt"]
-            values = rewards.setdefault(key, [])
-            if entry["start"] != len(values) or not len(entry["responses"]) == len(entry["rewards"]) == len(entry["tokens"]) \
-                    or not all(type(r) in (int, float) and math.isfinite(r) for r in entry["rewards"]):
-                raise ValueError
-            values += entry["rewards"]
-            if keep_tokens:
-                tokens.setdefault(key, []).extend(entry["tokens"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
-    if mend and whole < len(content):
-        os.truncate(path, whole)
     return rewards, tokens
+
+
+def log_F_of(scores, ref_rewards, args):
+    """log F̂ of scores (...) from rewards (..., M) of π_ref's samples as --estimator says; zeros for rlhf, which has no F."""
+    if args.objective == "rlhf":
+        return torch.zeros_like(scores)
+    if args.estimator != "smooth":
+        return estimate_log_F(scores, ref_rewards, args.estimator)
+    centre = ref_rewards.mean(-1, keepdim=True)  # the fit is the same wherever 0 is; here nothing overflows
+    a, b = fit_log_F(ref_rewards - centre)
+    return smooth_log_F(scores - centre.squeeze(-1), a, b)
 
 
 def terminal_reward(scores, log_F, log_p, args):
@@ -963,9 +1273,11 @@ def top_layers(lm, K, trunk):
 def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, args, generator):
     """One phase of PPO: a response to each of the B prompts, their rewards, and ppo_epochs of clipped updates.
 
-    ref_rewards: (B, M), what estimates F for each prompt. Returns the phase's metrics.
+    ref_rewards: (B, M), what estimates F for each prompt. Returns the phase's metrics. Of several processes each samples,
+    scores and differentiates its own share of the B rows; all know the rest and take the same steps.
     """
     device, B, T, K = generator.device, len(prompts), args.max_new_tokens, args.unfrozen_layers
+    mine = slice(rank() * B // processes(), (rank() + 1) * B // processes())
     clock = [time.perf_counter()]
 
     # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
@@ -973,16 +1285,16 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     uniforms = torch.rand(B, T, generator=generator, device=device)
     with autocast(args, device):
         tokens, mask, old_log_probs, old_values = generate(
-            policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, args.temperature, value_head)
-    responses = decode(task, prompts, tokens, mask)
+            policy, prompt_ids[mine], uniforms[mine], task.tokenizer.eos_token_id, args.temperature, value_head)
+    responses = decode(task, prompts[mine], token_lists(tokens, mask))
     clock.append(time.perf_counter())
 
     # π_ref's log-probs of the same tokens. Where the trunk is shared, its activations are kept for the updates.
-    left, left_mask = pad(prompt_ids, task.tokenizer.eos_token_id, "left", device)
+    left, left_mask = pad(prompt_ids[mine], task.tokenizer.eos_token_id, "left", device)
     ids, ids_mask = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1)
     ref_log_probs, trunk = torch.empty_like(old_log_probs), []
     with torch.no_grad(), autocast(args, device):
-        for rows in torch.arange(B, device=device).split(args.minibatch):
+        for rows in torch.arange(len(ids), device=device).split(args.minibatch):
             with trunk_output(ref, K) if K > 0 else nullcontext([]) as stored:
                 logits, _ = forward(ref, ids[rows], ids_mask[rows], T + 1)
             ref_log_probs[rows] = token_log_probs(logits[:, :-1], tokens[rows], args.temperature) * mask[rows]
@@ -990,8 +1302,12 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     trunk = torch.cat(trunk) if trunk else None
 
     # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
-    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
-    log_F = estimate_log_F(scores, ref_rewards, args.estimator)
+    scores = torch.tensor(checked_scores(task, prompts[mine], responses), dtype=torch.double)
+    if processes() > 1:
+        everyones = gathered([x.cpu() for x in (mask, old_log_probs, old_values, ref_log_probs, scores)])
+        mask, old_log_probs, old_values, ref_log_probs = (torch.cat(x).to(device) for x in list(zip(*everyones))[:4])
+        scores = torch.cat([x[4] for x in everyones])
+    log_F = log_F_of(scores, ref_rewards, args)
     terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
     terminal, log_ratio = terminal.to(old_values), old_log_probs - ref_log_probs
     rewards = -kl_coef * log_ratio
@@ -1004,33 +1320,41 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     losses = []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(B, generator=generator, device=device).split(args.minibatch):
-            with autocast(args, device):
-                if trunk is None:
-                    logits, hidden = forward(policy, ids[rows], ids_mask[rows], T + 1)
-                else:
-                    with top_layers(policy, K, trunk[rows]):
-                        logits, hidden = forward(policy, ids[rows], ids_mask[rows], T + 1)
-                values = value_head(hidden[:, :-1]).squeeze(-1).float()
-            log_probs = token_log_probs(logits[:, :-1], tokens[rows], args.temperature)
-            pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
-            vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
+            all_tokens = mask[rows].sum()
+            rows = rows[(mine.start <= rows) & (rows < mine.stop)]
             optimizer.zero_grad()
-            (pg + args.value_coef * vf).backward()
+            losses.append(torch.zeros(4, device=device))
+            if len(rows):
+                local = rows - mine.start
+                with autocast(args, device), top_layers(policy, K, trunk[local]) if trunk is not None else nullcontext():
+                    logits, hidden = forward(policy, ids[local], ids_mask[local], T + 1)
+                    values = value_head(hidden[:, :-1]).squeeze(-1).float()
+                log_probs = token_log_probs(logits[:, :-1], tokens[local], args.temperature)
+                pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
+                vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
+                share = mask[rows].sum() / all_tokens  # of this process in the minibatch: 1 where there is but one
+                (share * (pg + args.value_coef * vf)).backward()
+                with torch.no_grad():
+                    step = (log_probs - old_log_probs[rows]) * mask[rows]
+                    losses[-1] = share * torch.stack([pg, vf, masked_mean(torch.expm1(step) - step, mask[rows]),
+                                                      masked_mean((torch.expm1(step).abs() > args.clip).float(), mask[rows])])
+            if processes() > 1:
+                for p in optimizer.param_groups[0]["params"]:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                add_up([p.grad for p in optimizer.param_groups[0]["params"]])
             optimizer.step()
-            with torch.no_grad():
-                step = (log_probs - old_log_probs[rows]) * mask[rows]
-                losses.append(torch.stack([pg, vf, masked_mean(torch.expm1(step) - step, mask[rows]),
-                                           masked_mean((torch.expm1(step).abs() > args.clip).float(), mask[rows])]))
+    losses = torch.stack(losses)
+    add_up([losses])
     clock.append(time.perf_counter())
 
     residual = masked_mean((returns - old_values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
+    pg, vf, kl, clipped = losses.mean(0).tolist()
     if not math.isfinite(pg + vf):
         raise UserError("the loss is no longer finite: pass a smaller --lr")
     finite = log_F[log_F.isfinite()]
     return {
         "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
-        "objective/log_F": finite.mean().item() if len(finite) else None, "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
+        "objective/log_F": finite.mean().item() if len(finite) and args.objective != "rlhf" else None, "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
         "objective/entropy": -old_log_probs.sum(1).mean().item(), "objective/length": mask.sum(1).float().mean().item(),
         "ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
         "ppo/explained_variance": 1 - residual.item(), "ppo/lr": optimizer.param_groups[0]["lr"],
@@ -1069,7 +1393,7 @@ def sample_policy(policy, task, args, device):
         for name, per_token in (("kl_to_ref", torch.sum(log_pi.exp() * (log_pi - log_ref), -1)), ("kl_to_ref_plain", x),
                                 ("kl_to_ref_k3", torch.expm1(-x) + x)):
             kls[name] += torch.where(mask, per_token, 0.0).sum(1).tolist()
-        responses += decode(task, prompts, tokens, mask)
+        responses += decode(task, prompts, token_lists(tokens, mask))
     return responses, kls
 
 
@@ -1078,17 +1402,21 @@ def judge(task, responses, kls, ref_rewards, extra):
     and the KL, each with its standard error over prompts, π_ref's own reward, and whatever is in `extra`; and the samples."""
     scores = checked_scores(task, task.test_prompts, responses)
     r, ref = torch.tensor(scores, dtype=torch.double).unsqueeze(1), torch.stack([ref_rewards["test", p] for p in task.test_prompts])
-    metrics = {}
+    metrics, places = {}, [in_distribution(p) for p in task.test_prompts]
+    parts = {"": [True] * len(places)} | {name: [p is place for p in places] for name, place in (("in/", True), ("out/", False)) if place in places}
     for name, x in {"reward": r, "win_rate": (r > ref).double() + 0.5 * (r == ref), **kls, "ref/reward": ref}.items():
-        x = torch.as_tensor(x, dtype=torch.double).view(len(scores), -1).mean(1)
-        metrics[name], metrics[name + "_se"] = x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+        for part, rows in parts.items():  # tldr's test prompts: all, those of the subreddits that were trained on, the others
+            y = torch.as_tensor(x, dtype=torch.double).view(len(scores), -1)[torch.tensor(rows)].mean(1)
+            metrics[part + name], metrics[part + name + "_se"] = y.mean().item(), (y.std() / math.sqrt(len(y))).item() if len(y) > 1 else None
     samples = [{"prompt": p, "response": y, "reward": s, "kl_to_ref": k, "ref_reward": f}
                for p, y, s, k, f in zip(task.test_prompts, responses, scores, kls["kl_to_ref"], ref.mean(1).tolist())]
     return metrics | extra, samples
 
 
 def write_whole(path, text):
-    """Writes a file under a temporary name, then renames: it is there whole or not at all."""
+    """Writes a file under a temporary name, then renames: it is there whole or not at all. Of several processes the first writes."""
+    if rank() > 0:
+        return
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(path + ".tmp", path)
@@ -1096,6 +1424,8 @@ def write_whole(path, text):
 
 def save_policy(policy, tokenizer, folder):
     """A plain Hugging Face folder, which from_pretrained and vLLM load."""
+    if rank() > 0:
+        return
     shutil.rmtree(folder + ".tmp", ignore_errors=True)
     policy.save_pretrained(folder + ".tmp")
     tokenizer.save_pretrained(folder + ".tmp")
@@ -1132,8 +1462,9 @@ def begin(args):
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
     logging.disable_progress_bar()
+    start_processes(args)
     device = pick_device(args.device)
-    task = (toy_task if args.task == "toy" else imdb_task)(args, device)
+    task = (toy_task if args.task == "toy" else text_task)(args, device)
     print(f"{args.task}: {sum(p.numel() for p in task.ref.parameters()):,} parameters on {device}, "
           f"{len(task.train_prompts)} training and {len(task.test_prompts)} test prompts")
     return device, task
@@ -1149,7 +1480,7 @@ def open_run(args, task):
                 raise UserError(f"--resume: {args.out} was started with {name} = {started.get(name)!r}, not {value!r}")
     os.makedirs(args.out, exist_ok=True)
     for name in ("result.json", "samples.jsonl") + (() if args.resume else ("checkpoint.pt",)):
-        if os.path.exists(f"{args.out}/{name}"):
+        if rank() == 0 and os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
     if args.task != "toy":
@@ -1171,6 +1502,8 @@ def close_run(args, task, world, metrics, samples, policy=None):
         save_policy(policy, task.tokenizer, f"{args.out}/policy")
     write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
+    if rank() > 0:
+        return result
     if os.path.exists(f"{args.out}/checkpoint.pt"):
         os.remove(f"{args.out}/checkpoint.pt")
     if world and policy is not None:
@@ -1204,6 +1537,8 @@ def set_lr(optimizer, args, progress):
 def save_checkpoint(args, done, optimizer, generator=None):
     """All that a run needs to go on after `done` phases (a line of metrics each): weights and their moments, the generator.
     The rest follows from the seed."""
+    if rank() > 0:
+        return
     torch.save({"done": done, "weights": [p.detach() for p in optimizer.param_groups[0]["params"]],
                 "optimizer": optimizer.state_dict(), "generator": generator and generator.get_state()}, f"{args.out}/checkpoint.tmp")
     os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
@@ -1246,13 +1581,15 @@ def train(args):
         optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
         print(exact_row("what training aims at", optimum))
 
+    if args.rollouts % processes():
+        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
     phases = args.episodes // args.rollouts
     trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
     generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
     done = load_checkpoint(args, optimizer, generator)
     prompt_stream = itertools.islice(prompt_stream, done * args.rollouts, None)
-    with (open(f"{args.out}/metrics.jsonl", "a", encoding="utf-8") as log,
+    with (open(f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8") as log,
           tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
         for phase in range(done, phases):
             set_lr(optimizer, args, phase / phases)
@@ -1283,6 +1620,11 @@ def main(argv=None):
         train(parse_args(argv))
     except UserError as error:
         print(f"vbon.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # a message to a process that is gone: gloo and NCCL have no class for it
+        if processes() == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
+            raise
+        print(f"vbon.py: {another_ended.__doc__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vbon.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
