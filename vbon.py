@@ -12,7 +12,8 @@ Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and ke
     python vbon.py --help                              # every flag, its meaning and its default in each task
 
 The file reads from top to bottom:  1 mathematics  ·  2 settings  ·  3 tasks  ·  4 sampling  ·  5 log F  ·  6 PPO  ·
-7 training and evaluation. Sections 1 and 6's losses are pure functions of tensors: copy them out as they are.
+7 training and evaluation  ·  8 plumbing (files, loading, vLLM, several processes), which you may pass over. Section 1 and
+the losses of section 6 are pure functions of tensors: copy them out as they are.
 All logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, P prompts.
 """
 import argparse
@@ -83,6 +84,9 @@ def bon_win_rate(N):
     return N / (N + 1)
 
 
+ESTIMATORS = ("log_mean", "add_one", "posterior")
+
+
 def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_order=None):
     """Monte Carlo estimate of log F(y) = log P(r(y') < r(y)), y' ~ π_ref, from M samples of the same prompt (Eq. 6, 7).
 
@@ -126,9 +130,6 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_or
     if estimator == "posterior":
         return torch.digamma(k + 1) - torch.digamma(torch.full_like(k, M + 2))
     raise ValueError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
-
-
-ESTIMATORS = ("log_mean", "add_one", "posterior")
 
 
 def fit_log_F(ref_rewards):
@@ -321,85 +322,6 @@ class Args:
 PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every", "import_samples", "backend", "sample_batch")  # what a run's numbers do not depend on
 
 
-def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
-    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those without effect."""
-    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def one_line(message):
-        raise UserError(message + " (see --help)")
-    parser.error = one_line
-    for f in fields(Args):
-        default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
-        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
-        help = argparse.SUPPRESS if f.name in hidden else help
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        else:
-            choices = f.metadata["choices"]
-            kind = {"type": f.type, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
-        if f.name == positional:
-            parser.add_argument(f.name, help=help, **kind)
-        else:
-            parser.add_argument("--" + f.name.replace("_", "-"), help=help, default=f.default, **kind)
-    return Args(**vars(parser.parse_args(argv)))
-
-
-# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing -----------------------------
-
-
-def start_processes(args):
-    """Under torchrun, joins the other processes; all but the first fall silent. Each takes the GPU of its number."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    signal.signal(signal.SIGTERM, another_ended)  # sent by torchrun where a process has died
-    dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-
-
-def another_ended(*_):
-    """another process of this run ended, see its message; the same command with --resume goes on from the last checkpoint"""
-    raise UserError(another_ended.__doc__)
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gathered(x):
-    """[x of each process]; x anything that pickles."""
-    everyones = [x] * processes()
-    if processes() > 1:
-        dist.all_gather_object(everyones, x)
-    return everyones
-
-
-def from_first(make):
-    """make() of the first process, in all of them."""
-    box = [make() if rank() == 0 else None]
-    if processes() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def add_up(tensors):
-    """Sums tensors over the processes, in place, in one message."""
-    if processes() > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
-
-
 # ======================================================================================================================
 # 3. Tasks: a reference model, a reward, prompts
 # ======================================================================================================================
@@ -566,21 +488,6 @@ def exact_metrics(log_pi, world):
 # --- imdb and tldr, and your own models and prompts -------------------------------------------------------------------
 
 
-def load(what, loader, name, **kwargs):
-    """from_pretrained, with its many ways to fail told in one line."""
-    try:
-        if not kwargs:
-            return loader.from_pretrained(name)
-        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:  # the library would make them up at random
-            raise UserError(f"--{what} {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}: it is no such model")
-        return model
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
-                        f"Pass --{what} FOLDER to use a local one.") from None
-
-
 def text_task(args, device):
     """π_ref, a classifier of texts as the reward, and prompts, of imdb, tldr or your own (§5, §6)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -618,97 +525,6 @@ def load_reward(name, device, end="", without_end=None):
             rewards[i] = r
         return rewards
     return score, fingerprint(classifier) + (f", {without_end} without {end}" if end else "")
-
-
-IN_DISTRIBUTION = ("relationships", "relationship_advice")  # tldr trains on these subreddits; tests are half on them, half on others
-
-
-def in_distribution(prompt):
-    """Whether a tldr prompt comes from the subreddits that are trained on; None for a prompt that names no subreddit."""
-    return prompt.split("\n")[0][len("SUBREDDIT: r/"):] in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
-
-
-def tldr_prompt(row, tokenizer, longest):
-    """OpenAI's format for a Reddit post, which loses its last paragraphs, or else its last words, to fit `longest` tokens."""
-    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
-    post = row["post"].strip()
-    while post and len(tokenizer.encode(head + post + tail)) > longest:
-        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
-    return head + post + tail
-
-
-def read_prompts(args, tokenizer, longest):
-    """--dataset's training and test prompts. Without a test split the last tenth is held out for testing."""
-    fields_read = ("prompt", "text", "subreddit", "title", "post")
-    if args.dataset.endswith((".jsonl", ".json")):
-        if not os.path.exists(args.dataset):
-            raise UserError(f"--dataset {args.dataset}: no such file")
-        rows = []
-        with open(args.dataset, encoding="utf-8", errors="replace") as file:
-            for i, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    rows.append({key: row[key] for key in fields_read if key in row})
-                    if not all(isinstance(value, str) for value in rows[-1].values()) or not rows[-1]:
-                        raise ValueError
-                except (ValueError, AttributeError, TypeError):
-                    raise UserError(f"--dataset {args.dataset}, line {i}: not an object with a string `prompt` or `text`") from None
-        splits = {"train": rows}
-    else:
-        import datasets
-        datasets.disable_progress_bars()
-        try:
-            splits = datasets.load_dataset(args.dataset)
-        except Exception as error:  # datasets raises a dozen unrelated types here
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load dataset {args.dataset!r}: {reason} "
-                            "Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
-        if "train" not in splits:
-            raise UserError(f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
-    train = splits["train"]
-    if len(train) < 2:
-        raise UserError(f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
-    if "test" in splits:
-        test = splits["test"]
-        train_rows, test_rows = range(len(train)), range(len(test))
-    else:
-        held_out = max(1, len(train) // 10)
-        test, train_rows, test_rows = train, range(len(train) - held_out), range(len(train) - held_out, len(train))
-    rng = random.Random(args.data_seed)
-
-    def draw(rows, indices, number, related=None):
-        """`number` prompts in random order; of tldr's, those that are or are not from the subreddits that are trained on."""
-        prompts = []
-        for i in rng.sample(indices, len(indices)):
-            if len(prompts) == number:
-                break
-            row = rows[i]
-            if isinstance(row.get("prompt"), str):
-                prompt = row["prompt"]
-            elif all(isinstance(row.get(key), str) for key in ("subreddit", "title", "post")):
-                if related not in (None, row["subreddit"] in IN_DISTRIBUTION):
-                    continue
-                prompt = tldr_prompt(row, tokenizer, longest)
-            elif isinstance(row.get("text"), str):
-                ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
-                prompt = tokenizer.decode(ids)
-                # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
-                if tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids:
-                    continue
-            else:
-                raise UserError(f"--dataset {args.dataset} has a row without a `prompt` or `text` that is a string, only {', '.join(row)}")
-            if related in (None, in_distribution(prompt)):
-                prompts.append(prompt)
-        if not prompts:
-            kind = {None: "", True: " of r/relationships or r/relationship_advice", False: " of other subreddits"}[related]
-            raise UserError(f"--dataset {args.dataset} gave no prompt{kind}")
-        return prompts
-
-    if args.task != "tldr":
-        return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
-    half = (args.test_prompts + 1) // 2
-    return draw(train, train_rows, args.train_prompts, True), [
-        *draw(test, test_rows, half, True), *draw(test, test_rows, args.test_prompts - half, False)]
 
 
 @torch.no_grad()
@@ -761,39 +577,6 @@ def forward(lm, ids, mask, keep, cache=None):
     finally:
         head.remove()
     return logits.float(), hidden[0].float()
-
-
-@cache
-def roomy_layer():
-    """transformers' cache of one layer, with room to grow: its own concatenates, which copies the whole cache for every token.
-    (A class made on the first call, since importing transformers takes seconds that `import vbon` should not.)"""
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        room = None  # buffers of keys and values; self.keys and self.values are views of what is in use of them
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            B, heads, new, _ = key_states.shape
-            length = self.get_seq_length()
-            if self.room is None or self.room[0].shape[2] < length + new:
-                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in (key_states, value_states)]
-                if length:
-                    self.room[0][:, :, :length], self.room[1][:, :, :length] = self.keys, self.values
-                self.is_initialized = True
-            for buffer, x in zip(self.room, (key_states, value_states)):
-                buffer[:B, :, length:length + new] = x
-            self.keys, self.values = (buffer[:B, :, :length + new] for buffer in self.room)
-            return self.keys, self.values
-
-        def batch_repeat_interleave(self, repeats):
-            super().batch_repeat_interleave(repeats)
-            self.room = None
-
-        def batch_select_indices(self, indices):  # those that stay move to the front
-            super().batch_select_indices(indices)
-            for buffer, x in zip(self.room or (), (self.keys, self.values)):
-                buffer[:len(indices), :, :x.shape[2]] = x
-    return RoomyLayer
 
 
 def sample_tokens(logits, uniforms):
@@ -851,283 +634,8 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
 
 
 # ======================================================================================================================
-# 5. log F: the M samples of π_ref, drawn once, kept on disk
+# 5. log F, and the reward that is made of it
 # ======================================================================================================================
-
-
-def fingerprint(model):
-    """A short hash of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def reference_samples(task, args, device, keep_tokens=False):
-    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt, in ascending order.
-
-    Returns {(split, prompt): (M,) float64}; with keep_tokens {(split, prompt): (rewards in the order drawn, list of lists of
-    token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them, then lines {"split",
-    "prompt", "start", "responses", "rewards", "tokens", "crc32"}. A second run reads them; one with a larger M, or more
-    prompts, or one that was killed, adds what is missing, and two runs at once take turns. The samples of a prompt depend
-    on --data-seed, the split and the prompt alone. Objective rlhf, which has no F, needs none for training.
-    """
-    header = {"vbon_samples": 3, "task": args.task, "ref": fingerprint(task.ref),
-              "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
-              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-              "data_seed": args.data_seed}
-    path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
-    M = 0 if args.objective == "rlhf" else args.M
-    wanted = {("train", p): M for p in task.train_prompts} | {("test", p): args.test_M for p in task.test_prompts}
-
-    def missing():
-        return [key for key in wanted if len(rewards.get(key, ())) < wanted[key]]
-    rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens))
-    if args.import_samples or missing():
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with (locked(path) if rank() == 0 else nullcontext()):
-            rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens, mend=True))
-
-            def keep(lines):
-                append_lines(path, header, lines)
-                for line in lines:
-                    key = line["split"], line["prompt"]
-                    rewards.setdefault(key, []).extend(line["rewards"])
-                    tokens.setdefault(key, []).extend(line["tokens"] if keep_tokens else [])
-            if args.import_samples:
-                keep(imported_lines(args.import_samples, task, args, wanted, {key: len(r) for key, r in rewards.items()}))
-            total = sum(wanted[key] - len(rewards.get(key, ())) for key in missing())
-            with (sampler(task, args, device) if total else nullcontext((None, 1)) as (sample, rows),
-                  tqdm(total=total, desc=f"π_ref's samples -> {path}", unit="", disable=not total) as bar):
-                todo = set(missing())
-                batches = [b for b in fixed_batches(wanted, rows, lambda p: len(task.encode(p))) if todo & set(b)]
-                have = {key: len(r) for key, r in rewards.items()}
-                for i in range(0, len(batches), processes()):  # each process takes one, and gets the lines of all
-                    mine = batches[i + rank():i + rank() + 1]
-                    for lines in gathered([line for b in mine for line in draw_lines(task, args, b, wanted[b[0]], have, sample)]):
-                        keep(lines)
-                        bar.update(sum(len(line["rewards"]) for line in lines))
-    else:
-        print(f"π_ref's samples: read from {path}")
-
-    def first(key, M):
-        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
-        return (r, tokens[key][:M]) if keep_tokens else r.sort().values
-    return {key: first(key, M) for key, M in wanted.items()}
-
-
-def fixed_batches(wanted, rows, length):
-    """The keys (split, prompt) of `wanted` in batches of about `rows` responses, prompts of similar length together.
-
-    A batch is drawn as a whole, and batches depend on nothing but what is wanted: rounding differs between batches of other
-    shapes, so this is what makes a run that was killed and started again end with the very bytes of one that was not.
-    """
-    batches = []
-    for split in ("train", "test"):
-        keys = sorted((key for key in wanted if key[0] == split), key=lambda key: (length(key[1]), key))
-        per_batch = max([1, *(rows // max(1, wanted[key]) for key in keys[:1])])
-        batches += [keys[i:i + per_batch] for i in range(0, len(keys), per_batch)]
-    return batches
-
-
-def draw_lines(task, args, batch, M, have, sample):
-    """Draws and scores what is missing of one batch of prompts: the lines for the file, as dicts."""
-    drawn = [have.get(key, 0) for key in batch]
-    start = min((n for n in drawn if n < M), default=M)
-    ids = sample([key for key in batch], start, M)
-    prompts = [prompt for _, prompt in batch for _ in range(start, M)]
-    responses = decode(task, prompts, [row for rows in ids for row in rows])
-    rewards = checked_scores(task, prompts, responses)
-    lines = []
-    for j, ((split, prompt), n) in enumerate(zip(batch, drawn)):
-        rows = slice(j * (M - start) + n - start, (j + 1) * (M - start))
-        if n < M:
-            lines.append({"split": split, "prompt": prompt, "start": n, "responses": responses[rows], "rewards": rewards[rows],
-                          "tokens": ids[j][n - start:]})
-    return lines
-
-
-def seed_of(*what):
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
-
-
-def hand_sampler(task, args, device):
-    """A function (keys, start, M) -> responses number start … M−1 of π_ref to each prompt, lists of token ids with EOS."""
-    def sample(keys, start, M):
-        uniforms = np.concatenate([np.random.default_rng(seed_of(args.data_seed, *key)).random((M, args.max_new_tokens), np.float32)[start:]
-                                   for key in keys])
-        ids = []
-        for rows in torch.from_numpy(uniforms).split(args.sample_batch if len(keys) == 1 else len(uniforms)):
-            with autocast(args, device):
-                tokens, mask, _, _ = generate(task.ref, [task.encode(prompt) for _, prompt in keys], rows.to(device),
-                                              task.tokenizer.eos_token_id, args.temperature)
-            ids += token_lists(tokens, mask)
-        return [ids[i:i + M - start] for i in range(0, len(ids), M - start)]
-    return sample
-
-
-@contextmanager
-def sampler(task, args, device):
-    """The function that samples π_ref, and how many responses it takes at a time: by hand, or by a vLLM engine, which is shut
-    down at the end so that training has the memory."""
-    wants = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
-             "hand": False, "vllm": True}[args.backend]
-    print(f"π_ref's samples: drawn by {'vLLM' if wants else 'this script'}")
-    if not wants:
-        yield hand_sampler(task, args, device), args.sample_batch
-        return
-    if processes() > 1:
-        raise UserError("--backend vllm has an engine of its own: draw the samples with one process first, then start torchrun")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise UserError(f"--backend vllm: {error}; see requirements.txt for what fits beside the rest") from None
-    llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
-              max_model_len=getattr(task.ref.config, "max_position_embeddings", None), gpu_memory_utilization=0.5)
-
-    def sample(keys, start, M):
-        params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens, detokenize=False,
-                                 seed=seed_of(args.data_seed, *key, start) >> 32) for key in keys]
-        prompts = [{"prompt_token_ids": task.encode(prompt)} for _, prompt in keys]
-        return [[list(one.token_ids) for one in request.outputs] for request in llm.generate(prompts, params, use_tqdm=False)]
-    try:
-        yield sample, 16_384
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def imported_lines(path, task, args, wanted, have):
-    """Training samples from a file of the authors' lines, {"prompt", "responses", "rewards"} or {"prompt", "text", "reward"}, for
-    the prompts that have none yet. That --ref made them at this temperature is for the user to know. Raises UserError."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                texts, rewards = (row["responses"], row["rewards"]) if "responses" in row else ([row["text"]], [row["reward"]])
-                if not isinstance(row["prompt"], str) or len(texts) != len(rewards) or not all(isinstance(t, str) for t in texts) \
-                        or not all(type(r) in (int, float) and math.isfinite(r) for r in rewards):
-                    raise ValueError
-                found.setdefault(row["prompt"], []).extend(zip(texts, rewards))
-    except OSError as error:
-        raise UserError(f"--import-samples {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--import-samples {path}, line {number}: no prompt with its responses and finite rewards") from None
-    lines, eos = [], task.tokenizer.eos_token_id
-    for prompt, pairs in found.items():
-        if ("train", prompt) in wanted and not have.get(("train", prompt)):
-            texts = [text.removeprefix(prompt) for text, _ in pairs]  # their "text" holds the prompt too
-            start = len(task.encode(prompt))
-            ids = [task.tokenizer.encode(prompt + text.removesuffix(task.end))[start:] for text in texts]
-            ids = [row + [eos] if len(row) < args.max_new_tokens else row[:args.max_new_tokens] for row in ids]
-            lines.append({"split": "train", "prompt": prompt, "start": 0, "responses": texts, "rewards": [r for _, r in pairs], "tokens": ids})
-    print(f"{path}: samples of {len(lines)} of the {len(set(task.train_prompts))} training prompts taken over")
-    return lines
-
-
-@contextmanager
-def locked(path):
-    """Holds the file of samples against other runs, which wait for their turn. (Windows has no such locks: none is taken.)"""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    while True:
-        file = open(path, "ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run is filling {path}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            break
-        file.close()  # it was removed meanwhile
-    try:
-        yield
-    finally:
-        if os.path.getsize(path) == 0:
-            os.remove(path)
-        file.close()
-
-
-def append_lines(path, header, lines):
-    """Adds lines to the file of samples, each sealed by a checksum, so that no damage can pass for a reward."""
-    if rank() > 0 or not lines:
-        return
-    with open(path, "ab") as file:
-        bodies = [json.dumps(line, ensure_ascii=False)[:-1].encode() for line in lines]
-        sealed = b"".join(body + f', "crc32": {zlib.crc32(body)}}}\n'.encode() for body in bodies)
-        file.write(sealed if file.tell() else json.dumps(header).encode() + b"\n" + sealed)
-
-
-def token_lists(tokens, mask):
-    """Responses (B, T) as B lists of token ids, EOS included."""
-    return [row[:n] for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
-
-
-def decode(task, prompts, rows):
-    """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space otherwise. EOS
-    leaves no trace, unless the reward must see it (task.end)."""
-    def text(ids):
-        return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
-    eos = task.tokenizer.eos_token_id
-    return [text(starts[p][0] + row)[starts[p][1]:] + (task.end if row[-1:] == [eos] else "") for p, row in zip(prompts, rows)]
-
-
-def checked_scores(task, prompts, responses):
-    """The rewards, all finite; else the response that has none is named."""
-    scores = task.score(prompts, responses)
-    for prompt, response, score in zip(prompts, responses, scores):
-        if not math.isfinite(score):
-            raise UserError(f"the reward model gave {score} for the prompt {prompt!r} with the response {response!r}")
-    return scores
-
-
-def read_samples(path, header, keep_tokens=False, mend=False):
-    """{(split, prompt): list of rewards} and the like of token ids from a file of samples; empty if there is none yet.
-
-    Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
-    line break was being written when a run was killed: it does not count, and `mend` cuts it off.
-    """
-    rewards, tokens, whole = {}, {}, 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if not line.endswith(b"\n"):
-                        if number == 1 and not json.dumps(header).encode().startswith(line):  # not even our own header, torn
-                            raise UserError(f"{path} is not a file of samples: pass another with --samples")
-                        if mend:
-                            os.truncate(path, whole)
-                        break
-                    whole += len(line)
-                    entry = json.loads(line)
-                    if number == 1:
-                        for key, value in header.items():
-                            if entry.get(key) != value:
-                                raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
-                                                "pass another file with --samples, or remove it")
-                        continue
-                    body, _, checksum = line.rpartition(b', "crc32": ')
-                    values = rewards.setdefault((entry["split"], entry["prompt"]), [])
-                    if zlib.crc32(body) != int(checksum[:-2]) or entry["start"] != len(values):
-                        raise ValueError
-                    values += entry["rewards"]
-                    if keep_tokens:
-                        tokens.setdefault((entry["split"], entry["prompt"]), []).extend(entry["tokens"])
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return rewards, tokens
 
 
 def log_F_of(scores, ref_rewards, args):
@@ -1146,11 +654,6 @@ def terminal_reward(scores, log_F, log_p, args):
     reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
     limit = math.inf if args.objective == "bound1" else args.reward_clip  # its log p term is large for every response
     return reward.clamp(-limit, limit), args.beta if args.objective == "rlhf" else 1 / args.N
-
-
-def autocast(args, device):
-    """bfloat16 arithmetic where --dtype asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 # ======================================================================================================================
@@ -1368,6 +871,51 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 # ======================================================================================================================
 
 
+def train(args):
+    """The whole run (Algorithm 1). Returns what it writes to result.json."""
+    device, task = begin(args)
+    torch.manual_seed(args.seed)
+    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
+    ref_rewards = reference_samples(task, args, device)
+    world, exact = open_run(args, task), {}
+    if world:
+        optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
+        print(exact_row("what training aims at", optimum))
+
+    if args.rollouts % processes():
+        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
+    phases = args.episodes // args.rollouts
+    trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
+    generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
+    done = load_checkpoint(args, optimizer, generator)
+    prompt_stream = itertools.islice(prompt_stream, done * args.rollouts, None)
+    with (open(f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8") as log,
+          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
+        for phase in range(done, phases):
+            set_lr(optimizer, args, phase / phases)
+            prompts = list(itertools.islice(prompt_stream, args.rollouts))
+            prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
+            metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
+                policy, value_head, task.ref, optimizer, task, prompts, prompt_rewards, args, generator)
+            if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
+                exact = exact_metrics(enumerate_policy(policy, world, args), world)
+                metrics |= exact
+                tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
+                save_checkpoint(args, phase + 1, optimizer, generator)
+            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
+                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
+            bar.update(args.rollouts)
+
+    extra = {"episodes": phases * args.rollouts} | exact
+    if world:
+        extra["exact/kl_to_bon_of_optimum"] = optimum["exact/kl_to_bon"]
+    return close_run(args, task, world, *judge(task, *sample_policy(policy, task, args, device), ref_rewards, extra), policy)
+
+
 @torch.no_grad()
 def sample_policy(policy, task, args, device):
     """One response of π_θ to each test prompt, and three estimates per prompt of KL(π_θ ‖ π_ref), all of the same mean:
@@ -1413,24 +961,53 @@ def judge(task, responses, kls, ref_rewards, extra):
     return metrics | extra, samples
 
 
-def write_whole(path, text):
-    """Writes a file under a temporary name, then renames: it is there whole or not at all. Of several processes the first writes."""
-    if rank() > 0:
-        return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
+# ======================================================================================================================
+# 8. Plumbing, to be passed over at a first reading
+# ======================================================================================================================
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
-def save_policy(policy, tokenizer, folder):
-    """A plain Hugging Face folder, which from_pretrained and vLLM load."""
-    if rank() > 0:
-        return
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    policy.save_pretrained(folder + ".tmp")
-    tokenizer.save_pretrained(folder + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder + ".tmp", folder)
+def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
+    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those without effect."""
+    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def one_line(message):
+        raise UserError(message + " (see --help)")
+    parser.error = one_line
+    for f in fields(Args):
+        default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
+        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        help = argparse.SUPPRESS if f.name in hidden else help
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        else:
+            choices = f.metadata["choices"]
+            kind = {"type": f.type, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
+        if f.name == positional:
+            parser.add_argument(f.name, help=help, **kind)
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), help=help, default=f.default, **kind)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+# --- loading models and prompts ---------------------------------------------------------------------------------------
+
+
+def load(what, loader, name, **kwargs):
+    """from_pretrained, with its many ways to fail told in one line."""
+    try:
+        if not kwargs:
+            return loader.from_pretrained(name)
+        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:  # the library would make them up at random
+            raise UserError(f"--{what} {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}: it is no such model")
+        return model
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
+                        f"Pass --{what} FOLDER to use a local one.") from None
 
 
 def pick_device(name):
@@ -1442,19 +1019,472 @@ def pick_device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def exact_row(name, exact):
-    return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
-            f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
+def autocast(args, device):
+    """bfloat16 arithmetic where --dtype asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def show_responses(title, world, log_pi, args):
-    """A few responses to each toy prompt, drawn from a distribution over all of them."""
-    generator = torch.Generator().manual_seed(args.seed)
-    print(f"\n{title}")
-    for prompt, row in zip(world["texts"], log_pi):
-        picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
-        shown = (f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks)
-        print(f"  {prompt:<16} " + "  ·  ".join(shown))
+def read_prompts(args, tokenizer, longest):
+    """--dataset's training and test prompts. Without a test split the last tenth is held out for testing."""
+    fields_read = ("prompt", "text", "subreddit", "title", "post")
+    if args.dataset.endswith((".jsonl", ".json")):
+        if not os.path.exists(args.dataset):
+            raise UserError(f"--dataset {args.dataset}: no such file")
+        rows = []
+        with open(args.dataset, encoding="utf-8", errors="replace") as file:
+            for i, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    rows.append({key: row[key] for key in fields_read if key in row})
+                    if not all(isinstance(value, str) for value in rows[-1].values()) or not rows[-1]:
+                        raise ValueError
+                except (ValueError, AttributeError, TypeError):
+                    raise UserError(f"--dataset {args.dataset}, line {i}: not an object with a string `prompt` or `text`") from None
+        splits = {"train": rows}
+    else:
+        import datasets
+        datasets.disable_progress_bars()
+        try:
+            splits = datasets.load_dataset(args.dataset)
+        except Exception as error:  # datasets raises a dozen unrelated types here
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"cannot load dataset {args.dataset!r}: {reason} "
+                            "Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
+        if "train" not in splits:
+            raise UserError(f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
+    train = splits["train"]
+    if len(train) < 2:
+        raise UserError(f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
+    if "test" in splits:
+        test = splits["test"]
+        train_rows, test_rows = range(len(train)), range(len(test))
+    else:
+        held_out = max(1, len(train) // 10)
+        test, train_rows, test_rows = train, range(len(train) - held_out), range(len(train) - held_out, len(train))
+    rng = random.Random(args.data_seed)
+
+    def draw(rows, indices, number, related=None):
+        """`number` prompts in random order; of tldr's, those that are or are not from the subreddits that are trained on."""
+        prompts = []
+        for i in rng.sample(indices, len(indices)):
+            if len(prompts) == number:
+                break
+            row = rows[i]
+            if isinstance(row.get("prompt"), str):
+                prompt = row["prompt"]
+            elif all(isinstance(row.get(key), str) for key in ("subreddit", "title", "post")):
+                if related not in (None, row["subreddit"] in IN_DISTRIBUTION):
+                    continue
+                prompt = tldr_prompt(row, tokenizer, longest)
+            elif isinstance(row.get("text"), str):
+                ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
+                prompt = tokenizer.decode(ids)
+                # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
+                if tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids:
+                    continue
+            else:
+                raise UserError(f"--dataset {args.dataset} has a row without a `prompt` or `text` that is a string, only {', '.join(row)}")
+            if related in (None, in_distribution(prompt)):
+                prompts.append(prompt)
+        if not prompts:
+            kind = {None: "", True: " of r/relationships or r/relationship_advice", False: " of other subreddits"}[related]
+            raise UserError(f"--dataset {args.dataset} gave no prompt{kind}")
+        return prompts
+
+    if args.task != "tldr":
+        return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
+    half = (args.test_prompts + 1) // 2
+    return draw(train, train_rows, args.train_prompts, True), [
+        *draw(test, test_rows, half, True), *draw(test, test_rows, args.test_prompts - half, False)]
+
+
+IN_DISTRIBUTION = ("relationships", "relationship_advice")  # tldr trains on these subreddits; tests are half on them, half on others
+
+
+def in_distribution(prompt):
+    """Whether a tldr prompt comes from the subreddits that are trained on; None for a prompt that names no subreddit."""
+    return prompt.split("\n")[0][len("SUBREDDIT: r/"):] in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
+
+
+def tldr_prompt(row, tokenizer, longest):
+    """OpenAI's format for a Reddit post, which loses its last paragraphs, or else its last words, to fit `longest` tokens."""
+    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
+    post = row["post"].strip()
+    while post and len(tokenizer.encode(head + post + tail)) > longest:
+        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
+    return head + post + tail
+
+
+# --- the KV cache -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def roomy_layer():
+    """transformers' cache of one layer, with room to grow: its own concatenates, which copies the whole cache for every token.
+    (A class made on the first call, since importing transformers takes seconds that `import vbon` should not.)"""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room = None  # buffers of keys and values; self.keys and self.values are views of what is in use of them
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            B, heads, new, _ = key_states.shape
+            length = self.get_seq_length()
+            if self.room is None or self.room[0].shape[2] < length + new:
+                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in (key_states, value_states)]
+                if length:
+                    self.room[0][:, :, :length], self.room[1][:, :, :length] = self.keys, self.values
+                self.is_initialized = True
+            for buffer, x in zip(self.room, (key_states, value_states)):
+                buffer[:B, :, length:length + new] = x
+            self.keys, self.values = (buffer[:B, :, :length + new] for buffer in self.room)
+            return self.keys, self.values
+
+        def batch_repeat_interleave(self, repeats):
+            super().batch_repeat_interleave(repeats)
+            self.room = None
+
+        def batch_select_indices(self, indices):  # those that stay move to the front
+            super().batch_select_indices(indices)
+            for buffer, x in zip(self.room or (), (self.keys, self.values)):
+                buffer[:len(indices), :, :x.shape[2]] = x
+    return RoomyLayer
+
+
+# --- π_ref's samples: drawn by hand or by vLLM, kept in a file ---------------------------------------------------------
+
+
+def reference_samples(task, args, device, keep_tokens=False):
+    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt, in ascending order.
+
+    Returns {(split, prompt): (M,) float64}; with keep_tokens {(split, prompt): (rewards in the order drawn, list of lists of
+    token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them, then lines {"split",
+    "prompt", "start", "responses", "rewards", "tokens", "crc32"}. A second run reads them; one with a larger M, or more
+    prompts, or one that was killed, adds what is missing, and two runs at once take turns. The samples of a prompt depend
+    on --data-seed, the split and the prompt alone. Objective rlhf, which has no F, needs none for training.
+    """
+    header = {"vbon_samples": 3, "task": args.task, "ref": fingerprint(task.ref),
+              "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
+              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
+              "data_seed": args.data_seed}
+    path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
+    M = 0 if args.objective == "rlhf" else args.M
+    wanted = {("train", p): M for p in task.train_prompts} | {("test", p): args.test_M for p in task.test_prompts}
+
+    def missing():
+        return [key for key in wanted if len(rewards.get(key, ())) < wanted[key]]
+    rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens))
+    if args.import_samples or missing():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with (locked(path) if rank() == 0 else nullcontext()):
+            rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens, mend=True))
+
+            def keep(lines):
+                append_lines(path, header, lines)
+                for line in lines:
+                    key = line["split"], line["prompt"]
+                    rewards.setdefault(key, []).extend(line["rewards"])
+                    tokens.setdefault(key, []).extend(line["tokens"] if keep_tokens else [])
+            if args.import_samples:
+                keep(imported_lines(args.import_samples, task, args, wanted, {key: len(r) for key, r in rewards.items()}))
+            total = sum(wanted[key] - len(rewards.get(key, ())) for key in missing())
+            with (sampler(task, args, device) if total else nullcontext((None, 1)) as (sample, rows),
+                  tqdm(total=total, desc=f"π_ref's samples -> {path}", unit="", disable=not total) as bar):
+                todo = set(missing())
+                batches = [b for b in fixed_batches(wanted, rows, lambda p: len(task.encode(p))) if todo & set(b)]
+                have = {key: len(r) for key, r in rewards.items()}
+                for i in range(0, len(batches), processes()):  # each process takes one, and gets the lines of all
+                    mine = batches[i + rank():i + rank() + 1]
+                    for lines in gathered([line for b in mine for line in draw_lines(task, args, b, wanted[b[0]], have, sample)]):
+                        keep(lines)
+                        bar.update(sum(len(line["rewards"]) for line in lines))
+    else:
+        print(f"π_ref's samples: read from {path}")
+
+    def first(key, M):
+        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
+        return (r, tokens[key][:M]) if keep_tokens else r.sort().values
+    return {key: first(key, M) for key, M in wanted.items()}
+
+
+def fixed_batches(wanted, rows, length):
+    """The keys (split, prompt) of `wanted` in batches of about `rows` responses, prompts of similar length together.
+
+    A batch is drawn as a whole, and batches depend on nothing but what is wanted: rounding differs between batches of other
+    shapes, so this is what makes a run that was killed and started again end with the very bytes of one that was not.
+    """
+    batches = []
+    for split in ("train", "test"):
+        keys = sorted((key for key in wanted if key[0] == split), key=lambda key: (length(key[1]), key))
+        per_batch = max([1, *(rows // max(1, wanted[key]) for key in keys[:1])])
+        batches += [keys[i:i + per_batch] for i in range(0, len(keys), per_batch)]
+    return batches
+
+
+def draw_lines(task, args, batch, M, have, sample):
+    """Draws and scores what is missing of one batch of prompts: the lines for the file, as dicts."""
+    drawn = [have.get(key, 0) for key in batch]
+    start = min((n for n in drawn if n < M), default=M)
+    ids = sample([key for key in batch], start, M)
+    prompts = [prompt for _, prompt in batch for _ in range(start, M)]
+    responses = decode(task, prompts, [row for rows in ids for row in rows])
+    rewards = checked_scores(task, prompts, responses)
+    lines = []
+    for j, ((split, prompt), n) in enumerate(zip(batch, drawn)):
+        rows = slice(j * (M - start) + n - start, (j + 1) * (M - start))
+        if n < M:
+            lines.append({"split": split, "prompt": prompt, "start": n, "responses": responses[rows], "rewards": rewards[rows],
+                          "tokens": ids[j][n - start:]})
+    return lines
+
+
+def seed_of(*what):
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
+
+
+def hand_sampler(task, args, device):
+    """A function (keys, start, M) -> responses number start … M−1 of π_ref to each prompt, lists of token ids with EOS."""
+    def sample(keys, start, M):
+        uniforms = np.concatenate([np.random.default_rng(seed_of(args.data_seed, *key)).random((M, args.max_new_tokens), np.float32)[start:]
+                                   for key in keys])
+        ids = []
+        for rows in torch.from_numpy(uniforms).split(args.sample_batch if len(keys) == 1 else len(uniforms)):
+            with autocast(args, device):
+                tokens, mask, _, _ = generate(task.ref, [task.encode(prompt) for _, prompt in keys], rows.to(device),
+                                              task.tokenizer.eos_token_id, args.temperature)
+            ids += token_lists(tokens, mask)
+        return [ids[i:i + M - start] for i in range(0, len(ids), M - start)]
+    return sample
+
+
+@contextmanager
+def sampler(task, args, device):
+    """The function that samples π_ref, and how many responses it takes at a time: by hand, or by a vLLM engine, which is shut
+    down at the end so that training has the memory."""
+    wants = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
+             "hand": False, "vllm": True}[args.backend]
+    print(f"π_ref's samples: drawn by {'vLLM' if wants else 'this script'}")
+    if not wants:
+        yield hand_sampler(task, args, device), args.sample_batch
+        return
+    if processes() > 1:
+        raise UserError("--backend vllm has an engine of its own: draw the samples with one process first, then start torchrun")
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError(f"--backend vllm: {error}; see requirements.txt for what fits beside the rest") from None
+    llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
+              max_model_len=getattr(task.ref.config, "max_position_embeddings", None), gpu_memory_utilization=0.5)
+
+    def sample(keys, start, M):
+        params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens, detokenize=False,
+                                 seed=seed_of(args.data_seed, *key, start) >> 32) for key in keys]
+        prompts = [{"prompt_token_ids": task.encode(prompt)} for _, prompt in keys]
+        return [[list(one.token_ids) for one in request.outputs] for request in llm.generate(prompts, params, use_tqdm=False)]
+    try:
+        yield sample, 16_384
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def token_lists(tokens, mask):
+    """Responses (B, T) as B lists of token ids, EOS included."""
+    return [row[:n] for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+
+def decode(task, prompts, rows):
+    """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space otherwise. EOS
+    leaves no trace, unless the reward must see it (task.end)."""
+    def text(ids):
+        return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
+    eos = task.tokenizer.eos_token_id
+    return [text(starts[p][0] + row)[starts[p][1]:] + (task.end if row[-1:] == [eos] else "") for p, row in zip(prompts, rows)]
+
+
+def checked_scores(task, prompts, responses):
+    """The rewards, all finite; else the response that has none is named."""
+    scores = task.score(prompts, responses)
+    for prompt, response, score in zip(prompts, responses, scores):
+        if not math.isfinite(score):
+            raise UserError(f"the reward model gave {score} for the prompt {prompt!r} with the response {response!r}")
+    return scores
+
+
+def fingerprint(model):
+    """A short hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked(path):
+    """Holds the file of samples against other runs, which wait for their turn. (Windows has no such locks: none is taken.)"""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run is filling {path}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            break
+        file.close()  # it was removed meanwhile
+    try:
+        yield
+    finally:
+        if os.path.getsize(path) == 0:
+            os.remove(path)
+        file.close()
+
+
+def append_lines(path, header, lines):
+    """Adds lines to the file of samples, each sealed by a checksum, so that no damage can pass for a reward."""
+    if rank() > 0 or not lines:
+        return
+    with open(path, "ab") as file:
+        bodies = [json.dumps(line, ensure_ascii=False)[:-1].encode() for line in lines]
+        sealed = b"".join(body + f', "crc32": {zlib.crc32(body)}}}\n'.encode() for body in bodies)
+        file.write(sealed if file.tell() else json.dumps(header).encode() + b"\n" + sealed)
+
+
+def read_samples(path, header, keep_tokens=False, mend=False):
+    """{(split, prompt): list of rewards} and the like of token ids from a file of samples; empty if there is none yet.
+
+    Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
+    line break was being written when a run was killed: it does not count, and `mend` cuts it off.
+    """
+    rewards, tokens, whole = {}, {}, 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if not line.endswith(b"\n"):
+                        if number == 1 and not json.dumps(header).encode().startswith(line):  # not even our own header, torn
+                            raise UserError(f"{path} is not a file of samples: pass another with --samples")
+                        if mend:
+                            os.truncate(path, whole)
+                        break
+                    whole += len(line)
+                    entry = json.loads(line)
+                    if number == 1:
+                        for key, value in header.items():
+                            if entry.get(key) != value:
+                                raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
+                                                "pass another file with --samples, or remove it")
+                        continue
+                    body, _, checksum = line.rpartition(b', "crc32": ')
+                    values = rewards.setdefault((entry["split"], entry["prompt"]), [])
+                    if zlib.crc32(body) != int(checksum[:-2]) or entry["start"] != len(values):
+                        raise ValueError
+                    values += entry["rewards"]
+                    if keep_tokens:
+                        tokens.setdefault((entry["split"], entry["prompt"]), []).extend(entry["tokens"])
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return rewards, tokens
+
+
+def imported_lines(path, task, args, wanted, have):
+    """Training samples from a file of the authors' lines, {"prompt", "responses", "rewards"} or {"prompt", "text", "reward"}, for
+    the prompts that have none yet. That --ref made them at this temperature is for the user to know. Raises UserError."""
+    found = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                texts, rewards = (row["responses"], row["rewards"]) if "responses" in row else ([row["text"]], [row["reward"]])
+                if not isinstance(row["prompt"], str) or len(texts) != len(rewards) or not all(isinstance(t, str) for t in texts) \
+                        or not all(type(r) in (int, float) and math.isfinite(r) for r in rewards):
+                    raise ValueError
+                found.setdefault(row["prompt"], []).extend(zip(texts, rewards))
+    except OSError as error:
+        raise UserError(f"--import-samples {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--import-samples {path}, line {number}: no prompt with its responses and finite rewards") from None
+    lines, eos = [], task.tokenizer.eos_token_id
+    for prompt, pairs in found.items():
+        if ("train", prompt) in wanted and not have.get(("train", prompt)):
+            texts = [text.removeprefix(prompt) for text, _ in pairs]  # their "text" holds the prompt too
+            start = len(task.encode(prompt))
+            ids = [task.tokenizer.encode(prompt + text.removesuffix(task.end))[start:] for text in texts]
+            ids = [row + [eos] if len(row) < args.max_new_tokens else row[:args.max_new_tokens] for row in ids]
+            lines.append({"split": "train", "prompt": prompt, "start": 0, "responses": texts, "rewards": [r for _, r in pairs], "tokens": ids})
+    print(f"{path}: samples of {len(lines)} of the {len(set(task.train_prompts))} training prompts taken over")
+    return lines
+
+
+# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing -----------------------------
+
+
+def start_processes(args):
+    """Under torchrun, joins the other processes; all but the first fall silent. Each takes the GPU of its number."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    signal.signal(signal.SIGTERM, another_ended)  # sent by torchrun where a process has died
+    dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def another_ended(*_):
+    """another process of this run ended, see its message; the same command with --resume goes on from the last checkpoint"""
+    raise UserError(another_ended.__doc__)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(x):
+    """[x of each process]; x anything that pickles."""
+    everyones = [x] * processes()
+    if processes() > 1:
+        dist.all_gather_object(everyones, x)
+    return everyones
+
+
+def from_first(make):
+    """make() of the first process, in all of them."""
+    box = [make() if rank() == 0 else None]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(tensors):
+    """Sums tensors over the processes, in place, in one message."""
+    if processes() > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+# --- the run's folder, its checkpoints, what it shows -----------------------------------------------------------------
 
 
 def begin(args):
@@ -1524,14 +1554,24 @@ def close_run(args, task, world, metrics, samples, policy=None):
     return result
 
 
-def enumerate_policy(policy, world, args):
-    """log π_θ of every response to every toy prompt, (P, S)."""
-    return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
+def write_whole(path, text):
+    """Writes a file under a temporary name, then renames: it is there whole or not at all. Of several processes the first writes."""
+    if rank() > 0:
+        return
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
 
 
-def set_lr(optimizer, args, progress):
-    """The learning rate after this share of training."""
-    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
+def save_policy(policy, tokenizer, folder):
+    """A plain Hugging Face folder, which from_pretrained and vLLM load."""
+    if rank() > 0:
+        return
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    policy.save_pretrained(folder + ".tmp")
+    tokenizer.save_pretrained(folder + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(folder + ".tmp", folder)
 
 
 def save_checkpoint(args, done, optimizer, generator=None):
@@ -1564,55 +1604,35 @@ def load_checkpoint(args, optimizer, generator=None):
     return state["done"]
 
 
+def set_lr(optimizer, args, progress):
+    """The learning rate after this share of training."""
+    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
+
+
 def shuffled(items, rng):
     """Endless: every item once, in random order, before any comes twice."""
     while True:
         yield from rng.sample(items, len(items))
 
 
-def train(args):
-    """The whole run (Algorithm 1). Returns what it writes to result.json."""
-    device, task = begin(args)
-    torch.manual_seed(args.seed)
-    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
-    ref_rewards = reference_samples(task, args, device)
-    world, exact = open_run(args, task), {}
-    if world:
-        optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
-        print(exact_row("what training aims at", optimum))
+def enumerate_policy(policy, world, args):
+    """log π_θ of every response to every toy prompt, (P, S)."""
+    return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
 
-    if args.rollouts % processes():
-        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
-    phases = args.episodes // args.rollouts
-    trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
-    generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
-    done = load_checkpoint(args, optimizer, generator)
-    prompt_stream = itertools.islice(prompt_stream, done * args.rollouts, None)
-    with (open(f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8") as log,
-          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
-        for phase in range(done, phases):
-            set_lr(optimizer, args, phase / phases)
-            prompts = list(itertools.islice(prompt_stream, args.rollouts))
-            prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
-            metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
-                policy, value_head, task.ref, optimizer, task, prompts, prompt_rewards, args, generator)
-            if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
-                exact = exact_metrics(enumerate_policy(policy, world, args), world)
-                metrics |= exact
-                tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, phase + 1, optimizer, generator)
-            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
-                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
-            bar.update(args.rollouts)
 
-    extra = {"episodes": phases * args.rollouts} | exact
-    if world:
-        extra["exact/kl_to_bon_of_optimum"] = optimum["exact/kl_to_bon"]
-    return close_run(args, task, world, *judge(task, *sample_policy(policy, task, args, device), ref_rewards, extra), policy)
+def exact_row(name, exact):
+    return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
+            f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
+
+
+def show_responses(title, world, log_pi, args):
+    """A few responses to each toy prompt, drawn from a distribution over all of them."""
+    generator = torch.Generator().manual_seed(args.seed)
+    print(f"\n{title}")
+    for prompt, row in zip(world["texts"], log_pi):
+        picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
+        shown = (f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks)
+        print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
 def main(argv=None):
