@@ -1256,7 +1256,7 @@ def test_evaluate_refuses(toy, baselines, pieces, tmp_path, monkeypatch, capsys)
     (tmp_path / "run").mkdir()
     assert bon_baselines.main([str(a) for a in ["bon", *IMDB, *own(pieces), "--out", "imdb"]]) == 0
     copy = shutil.copytree(toy[3] / "one", tmp_path / "copy")
-    (tmp_path / "few.jsonl").write_text('{"vbon_samples": 2}\n')
+    (tmp_path / "few.jsonl").write_text('{"vbon_samples": 3}\n')
     for argv, word in ((["run"], "not a finished run"), ([str(toy[3] / "one"), "imdb"], "different tasks"), ([], "nothing to evaluate"),
                        (["imdb", "--reward", "no/such-judge"], "--reward"), ([str(toy[3] / "one"), "--reward", "x"], "--task imdb"),
                        (["--log-F", "few.jsonl"], "600 samples"), (["--log-F", "none.jsonl"], "no such file"), (["--nonsense"], "--nonsense"),

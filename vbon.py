@@ -1278,7 +1278,7 @@ def sampler(task, args, device):
 
     def sample(keys, start, M):
         params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens, detokenize=False,
-                                 seed=seed_of(args.data_seed, *key, start) >> 32) for key in keys]
+                                 seed=(seed_of(args.data_seed, *key) >> 3) + start) for key in keys]  # vLLM adds 0 … n−1 to it
         prompts = [{"prompt_token_ids": task.encode(prompt)} for _, prompt in keys]
         return [[list(one.token_ids) for one in request.outputs] for request in llm.generate(prompts, params, use_tqdm=False)]
     try:
