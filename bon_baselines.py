@@ -199,6 +199,8 @@ def sample_best(task, ref_rewards, args, device):
 def train(args):
     """Trains by one of the baselines, or runs Best-of-N. Returns what it writes to result.json."""
     device, task = vbon.begin(args)
+    if vbon.processes() > 1:
+        raise UserError("the baselines train in one process: start this without torchrun")
     torch.manual_seed(args.seed)
     if args.objective == "bon":
         ref_rewards = vbon.reference_samples(task, args, device)
