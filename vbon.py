@@ -1193,7 +1193,7 @@ def reference_samples(task, args, device, keep_tokens=False):
                 todo = set(missing())
                 batches = [b for b in fixed_batches(wanted, rows, lambda p: len(task.encode(p))) if todo & set(b)]
                 have = {key: len(r) for key, r in rewards.items()}
-                for i in range(0, len(batches), processes()):  # each process takes one, and gets the lines of all
+                for i in range(0, len(batches), processes()):  # each process draws one batch, if any is left, and gets the lines of all
                     mine = batches[i + rank():i + rank() + 1]
                     for lines in gathered([line for b in mine for line in draw_lines(task, args, b, wanted[b[0]], have, sample)]):
                         keep(lines)
@@ -1225,7 +1225,7 @@ def draw_lines(task, args, batch, M, have, sample):
     """Draws and scores what is missing of one batch of prompts: the lines for the file, as dicts."""
     drawn = [have.get(key, 0) for key in batch]
     start = min((n for n in drawn if n < M), default=M)
-    ids = sample([key for key in batch], start, M)
+    ids = sample(batch, start, M)
     prompts = [prompt for _, prompt in batch for _ in range(start, M)]
     responses = decode(task, prompts, [row for rows in ids for row in rows])
     rewards = checked_scores(task, prompts, responses)
@@ -1261,10 +1261,10 @@ def hand_sampler(task, args, device):
 def sampler(task, args, device):
     """The function that samples π_ref, and how many responses it takes at a time: by hand, or by a vLLM engine, which is shut
     down at the end so that training has the memory."""
-    wants = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
-             "hand": False, "vllm": True}[args.backend]
-    print(f"π_ref's samples: drawn by {'vLLM' if wants else 'this script'}")
-    if not wants:
+    use_vllm = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
+                "hand": False, "vllm": True}[args.backend]
+    print(f"π_ref's samples: drawn by {'vLLM' if use_vllm else 'this script'}")
+    if not use_vllm:
         yield hand_sampler(task, args, device), args.sample_batch
         return
     if processes() > 1:
