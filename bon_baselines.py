@@ -159,10 +159,10 @@ def response_log_probs(policy, ref, task, prompts, responses, args, device):
     eos, K = task.tokenizer.eos_token_id, args.unfrozen_layers
     left, left_mask = vbon.pad([task.encode(p) for p in prompts], eos, "left", device)
     tokens, mask = vbon.pad(responses, eos, "right", device)
-    inputs = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1), tokens.shape[1] + 1
+    inputs = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1), tokens.shape[1]
 
     def summed(logits):
-        return (vbon.token_log_probs(logits[:, :-1], tokens, args.temperature) * mask).sum(1)
+        return (vbon.token_log_probs(logits, tokens, args.temperature) * mask).sum(1)
     with vbon.autocast(args, device):
         with torch.no_grad(), vbon.trunk_output(ref, K) if K > 0 else nullcontext() as trunk:
             log_ref = summed(vbon.forward(ref, *inputs)[0])

@@ -701,9 +701,13 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def token_log_probs(logits, tokens, temperature=1.0):
-    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T). Makes no B×T×V copy but the scaling."""
+    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T).
+
+    Cross-entropy keeps one B×T×V tensor for the backward pass and goes over it once; `gather` and `logsumexp`, or
+    `log_softmax` and `gather`, make two or three, and at V = 50 000 this is what fills the memory.
+    """
     logits = logits if temperature == 1.0 else logits / temperature
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 def make_policy(ref, unfrozen_layers):
@@ -794,13 +798,13 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 
     # π_ref's log-probs of the same tokens. Where the trunk is shared, its activations are kept for the updates.
     left, left_mask = pad(prompt_ids[mine], task.tokenizer.eos_token_id, "left", device)
-    ids, ids_mask = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1)
+    ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)  # nothing follows the last token
     ref_log_probs, trunk = torch.empty_like(old_log_probs), []
     with torch.no_grad(), autocast(args, device):
         for rows in torch.arange(len(ids), device=device).split(args.minibatch):
             with trunk_output(ref, K) if K > 0 else nullcontext([]) as stored:
-                logits, _ = forward(ref, ids[rows], ids_mask[rows], T + 1)
-            ref_log_probs[rows] = token_log_probs(logits[:, :-1], tokens[rows], args.temperature) * mask[rows]
+                logits, _ = forward(ref, ids[rows], ids_mask[rows], T)
+            ref_log_probs[rows] = token_log_probs(logits, tokens[rows], args.temperature) * mask[rows]
             trunk += stored
     trunk = torch.cat(trunk) if trunk else None
 
@@ -830,9 +834,9 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
             if len(rows):
                 local = rows - mine.start
                 with autocast(args, device), top_layers(policy, K, trunk[local]) if trunk is not None else nullcontext():
-                    logits, hidden = forward(policy, ids[local], ids_mask[local], T + 1)
-                    values = value_head(hidden[:, :-1]).squeeze(-1).float()
-                log_probs = token_log_probs(logits[:, :-1], tokens[local], args.temperature)
+                    logits, hidden = forward(policy, ids[local], ids_mask[local], T)
+                    values = value_head(hidden).squeeze(-1).float()
+                log_probs = token_log_probs(logits, tokens[local], args.temperature)
                 pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
                 vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
                 share = mask[rows].sum() / all_tokens  # of this process in the minibatch: 1 where there is but one
@@ -934,8 +938,8 @@ def sample_policy(policy, task, args, device):
             tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompts), T, generator=generator, device=device),
                                           eos, args.temperature)
             left, left_mask = pad(prompt_ids, eos, "left", device)
-            inputs = torch.cat([left, tokens], 1), torch.cat([left_mask, mask], 1), T + 1
-            log_pi, log_ref = (forward(lm, *inputs)[0][:, :-1].div(args.temperature).log_softmax(-1)
+            inputs = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1), T
+            log_pi, log_ref = (forward(lm, *inputs)[0].div(args.temperature).log_softmax(-1)
                                for lm in (policy, task.ref))
         x = (log_pi - log_ref).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         for name, per_token in (("kl_to_ref", torch.sum(log_pi.exp() * (log_pi - log_ref), -1)), ("kl_to_ref_plain", x),
