@@ -569,7 +569,11 @@ def forward(lm, ids, mask, keep, cache=None):
     positions that no loss needs never pass through the LM head, whose V logits would dwarf everything else in memory.
     """
     hidden = []
-    head = lm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+
+    def keep_hidden(_, inputs):  # contiguous: of a slice the head would make B small products instead of a large one
+        hidden.append(inputs[0].contiguous())
+        return hidden[0]
+    head = lm.get_output_embeddings().register_forward_pre_hook(keep_hidden)
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     try:
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
@@ -700,14 +704,28 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def token_log_probs(logits, tokens, temperature=1.0):
-    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T).
+class TakenLogProb(torch.autograd.Function):
+    """log_softmax and gather with one B×T×V tensor for both passes: ∂ log π(y) / ∂ logits = 1[y] − π, written over log π.
 
-    Cross-entropy keeps one B×T×V tensor for the backward pass and goes over it once; `gather` and `logsumexp`, or
-    `log_softmax` and `gather`, make two or three, and at V = 50 000 this is what fills the memory.
+    PyTorch's own backward fills a tensor of zeros for the gather and a third one for the softmax. At V = 50 000 these
+    tensors are what fills the memory. (A second backward through the same graph is therefore an error, and autograd says so.)
     """
-    logits = logits if temperature == 1.0 else logits / temperature
-    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        log_pi, tokens = logits.log_softmax(-1), tokens.unsqueeze(-1)
+        ctx.save_for_backward(log_pi, tokens)
+        return log_pi.gather(-1, tokens).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (log_pi, tokens), grad = ctx.saved_tensors, grad.unsqueeze(-1)
+        return log_pi.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
+
+
+def token_log_probs(logits, tokens, temperature=1.0):
+    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
+    return TakenLogProb.apply(logits if temperature == 1.0 else logits / temperature, tokens)
 
 
 def make_policy(ref, unfrozen_layers):
@@ -837,6 +855,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
                     logits, hidden = forward(policy, ids[local], ids_mask[local], T)
                     values = value_head(hidden).squeeze(-1).float()
                 log_probs = token_log_probs(logits, tokens[local], args.temperature)
+                del logits  # B×T×V, of no more use
                 pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
                 vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
                 share = mask[rows].sum() / all_tokens  # of this process in the minibatch: 1 where there is but one

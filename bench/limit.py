@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""How close a PPO phase of vbon.py comes to the machine: the FLOPs that it needs over the time it takes, against matrix products.
+
+    python bench/limit.py                                          # random models
+    python bench/limit.py --ref DIR --reward DIR --dataset DIR --threads 1 --unfrozen-layers 2 --csv results/limit.csv
+
+"needed" is what the mathematics asks for, without padding and without prompt positions in the LM head: a token through P weights
+costs 2P, attention 4·width·context per layer, a backward pass twice the forward; a frozen layer has none. "done" is what torch's
+counter saw. The limit is the rate of torch's own matrix product at the shapes of each part, weighted by their FLOPs and measured
+in turns with the phases; "of large" compares with a product of two large square matrices instead.
+"""
+import itertools
+import statistics
+from contextlib import contextmanager
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import common
+import vbon
+
+PARTS = ("rollout", "score", "update")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+# --- what a phase needs, and what it does -----------------------------------------------------------------------------
+
+
+def layer_matrices(lm):
+    """The shapes of the matrices in one transformer layer."""
+    owner, name = vbon.transformer_layers(lm)
+    return [tuple(p.shape) for p in getattr(owner, name)[0].parameters() if p.dim() == 2]
+
+
+def trained_layers(l):
+    return l.task.ref.config.num_hidden_layers if l.args.unfrozen_layers == -1 else l.args.unfrozen_layers
+
+
+def needed_flops(l, prompts, length, reward_flops):
+    """{part: FLOPs} of a phase whose responses have `length` tokens."""
+    lm, weights = l.task.ref, sum(a * b for a, b in layer_matrices(l.task.ref))
+    layers, trained = lm.config.num_hidden_layers, trained_layers(l)
+    head = 2 * lm.get_output_embeddings().weight.numel()
+    head_passes = 3 if trained == layers else 2  # a frozen head passes the gradient on but needs none itself
+    value_head = sum(2 * p.numel() for p in l.value_head.parameters() if p.dim() == 2)
+    needed = {"rollout": 0, "score": reward_flops, "update": 0}
+    for prompt in prompts:
+        tokens = len(l.task.encode(prompt)) + length - 1  # the last one is never read
+        per_layer = 2 * weights * tokens + 4 * lm.config.hidden_size * tokens * (tokens + 1) / 2
+        needed["rollout"] += layers * per_layer + length * (head + value_head)
+        needed["score"] += layers * per_layer + length * head
+        needed["update"] += l.args.ppo_epochs * (3 * trained * per_layer + length * (head_passes * head + 3 * value_head))
+    return needed
+
+
+def counter():
+    """torch's FLOP counter, taught what attention costs on a CPU."""
+    aten = torch.ops.aten
+
+    def forward(q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad, q, k, v, *args, out_shape=None, **kwargs):
+        return sdpa_backward_flop_count(grad, q, k, v)
+    return FlopCounterMode(display=False, custom_mapping={aten._scaled_dot_product_flash_attention_for_cpu: forward,
+                                                          aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
+
+
+@contextmanager
+def parts(enter):
+    """Calls enter("rollout"), enter("score"), enter("update") as a phase comes to each part, and enter(None) at its end."""
+    generate, whiten = vbon.generate, vbon.whiten
+
+    def rollout(*args, **kwargs):
+        enter("rollout")
+        out = generate(*args, **kwargs)
+        enter("score")
+        return out
+
+    def last_of_score(*args):
+        out = whiten(*args)
+        enter("update")
+        return out
+    vbon.generate, vbon.whiten = rollout, last_of_score
+    try:
+        yield
+        enter(None)
+    finally:
+        vbon.generate, vbon.whiten = generate, whiten
+
+
+def done_flops(l, prompts):
+    """{part: FLOPs} that torch counts in a phase, what of them is the reward model's, and the mean length of a response."""
+    marks, reward, score = [], [], l.task.score
+
+    def counted_score(*args):
+        before = count.get_total_flops()
+        out = score(*args)
+        reward.append(count.get_total_flops() - before)
+        return out
+    with counter() as count, parts(lambda part: marks.append(count.get_total_flops())):
+        l.task.score = counted_score
+        metrics = common.phase(l, prompts)
+        l.task.score = score
+    return dict(zip(PARTS, (b - a for a, b in zip(marks, marks[1:])))), sum(reward), metrics["objective/length"]
+
+
+# --- the limit, and what is lost --------------------------------------------------------------------------------------
+
+
+def shapes(l, prompts):
+    """{part: list of (rows, inner, columns, times)}: the matrix products that each part consists of, but for the reward model's."""
+    V, H = l.task.ref.get_output_embeddings().weight.shape
+    layers, trained, T = l.task.ref.config.num_hidden_layers, trained_layers(l), l.args.max_new_tokens
+    B, rows, kept = len(prompts), l.args.minibatch * (max(len(l.task.encode(p)) for p in prompts) + T), l.args.minibatch * T
+    matrices = layer_matrices(l.task.ref)
+    update = [shape for a, b in matrices for shape in ((rows, a, b, trained), (rows, b, a, trained), (a, rows, b, trained))]
+    update += [(kept, H, V, 1), (kept, V, H, 1)] + [(V, kept, H, 1)] * (trained == layers)
+    return {"rollout": [(B, a, b, layers) for a, b in matrices] + [(B, H, V, 1)],
+            "score": [(rows, a, b, layers) for a, b in matrices] + [(kept, H, V, 1)], "update": update}
+
+
+def rate(products, device, dtype):
+    """FLOP/s of such a list of matrix products, one after the other."""
+    flops = [2 * m * k * n * times for m, k, n, times in products]
+    return sum(flops) / sum(f / common.matmul_rate(m, k, n, device, dtype, 0.03) for f, (m, k, n, _) in zip(flops, products))
+
+
+def profiles(l, prompts):
+    """{part: (share of self time in matrix products, the three largest others with theirs)} of one phase."""
+    on_gpu, running, seen = l.device.type == "cuda", [], {}
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+
+    def enter(part):
+        if running:
+            name, profiler = running.pop()
+            common.synchronize(l.device)
+            profiler.stop()
+            seen[name] = profiler.key_averages()
+        if part:
+            running.append((part, torch.profiler.profile(activities=activities)))
+            running[-1][1].start()
+    with parts(enter):
+        common.phase(l, prompts)
+    out = {}
+    for part, events in seen.items():
+        times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+        total = sum(times.values()) or 1
+        others = sorted((t, key) for key, t in times.items() if key not in PRODUCTS)[:-4:-1]
+        out[part] = sum(times.get(key, 0) for key in PRODUCTS) / total, [f"{key.removeprefix('aten::')} {100 * t / total:.0f} %" for t, key in others]
+    return out
+
+
+def main():
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--unfrozen-layers", type=int, default=-1, help="as in vbon.py [-1]")
+    options = common.parse(parser)
+    with common.temporary_folder() as folder:
+        l = common.learner([*common.pieces(options, folder), "--unfrozen-layers", str(options.unfrozen_layers)])
+        report(*measure(l, options), l, options)
+
+
+def measure(l, options):
+    """{part: list of (seconds, limit, rate of a large product)}, a phase and its limits in each round; and what a phase needs."""
+    prompts = list(itertools.islice(itertools.cycle(l.task.train_prompts), options.rollouts))
+    done, reward_flops, length = done_flops(l, prompts)
+    needed, products, large = needed_flops(l, prompts, length, reward_flops), shapes(l, prompts), 8192 if l.device.type == "cuda" else 1024
+    common.phase(l, prompts)  # warm-up
+    seen = {part: [] for part in PARTS}
+    for _ in range(options.rounds):
+        metrics, best = common.phase(l, prompts), common.matmul_rate(large, large, large, l.device, options.dtype)
+        for part in PARTS:
+            seen[part].append((metrics["time/" + part], rate(products[part], l.device, options.dtype), best))
+    return seen, needed, done, profiles(l, prompts)
+
+
+def report(seen, needed, done, profiled, l, options):
+    rows = []
+    for part in PARTS:
+        share = [100 * needed[part] / seconds / limit for seconds, limit, _ in seen[part]]
+        seconds, limit, large = (statistics.median(x) for x in zip(*seen[part]))
+        rows.append({"part": part, "GFLOP needed": needed[part] / 1e9, "done": done[part] / 1e9, "seconds": seconds,
+                     "GFLOP/s": needed[part] / seconds / 1e9, "limit GFLOP/s": limit / 1e9, "% of limit": common.spread(share, 0),
+                     "% of large": 100 * needed[part] / seconds / large, "self time in products": f"{100 * profiled[part][0]:.0f} %"})
+    machine = common.machine(l.device)
+    print(f"\n{machine}; {options.dtype}; {options.rollouts} rollouts of {options.max_new_tokens} tokens; "
+          f"--unfrozen-layers {options.unfrozen_layers}; medians of {options.rounds}")
+    common.table(rows)
+    print("\nwhere the rest of the self time goes")
+    for part in PARTS:
+        print(f"  {part:<8}", " · ".join(profiled[part][1]))
+    common.write_csv(options.csv, [row | {"losses": "; ".join(profiled[row["part"]][1])} for row in rows],
+                     unfrozen_layers=options.unfrozen_layers, rollouts=options.rollouts, max_new_tokens=options.max_new_tokens,
+                     dtype=options.dtype, machine=machine)
+
+
+if __name__ == "__main__":
+    common.run(main)
