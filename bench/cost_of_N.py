@@ -2,7 +2,7 @@
 """What the objective costs: seconds of a PPO phase with --objective vbon over one with rlhf, and with N = 512 over N = 2.
 
     python bench/cost_of_N.py                                      # toy and random models
-    python bench/cost_of_N.py --ref DIR --reward DIR --dataset DIR --threads 1 --csv results/cost_of_N.csv
+    python bench/cost_of_N.py --ref DIR --reward DIR --dataset DIR --threads 1 --csv results/bench-cost_of_N.csv
 
 log F̂ is read off ranks and the reward is in closed form, so nothing should grow with N. In each round every objective runs one
 phase on the same weights (the learning rate is next to zero), prompts and random numbers, so that they draw the same responses;

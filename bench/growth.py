@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How time and peak memory grow when the rollouts, the length of responses, the model or M grow four-fold, one at a time.
 
-    python bench/growth.py --threads 1 --csv results/growth.csv
+    python bench/growth.py --threads 1 --csv results/bench-growth.csv
 
 The models have random weights; their layers, not their width, grow four-fold. Each measurement is a process of its own, so that
 peak memory is its own: it draws and scores M samples of π_ref for four prompts, then runs PPO phases with them, of which the first

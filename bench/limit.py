@@ -2,7 +2,7 @@
 """How close a PPO phase of vbon.py comes to the machine: the FLOPs that it needs over the time it takes, against matrix products.
 
     python bench/limit.py                                          # random models
-    python bench/limit.py --ref DIR --reward DIR --dataset DIR --threads 1 --unfrozen-layers 2 --csv results/limit.csv
+    python bench/limit.py --ref DIR --reward DIR --dataset DIR --threads 1 --unfrozen-layers 2 --csv results/bench-limit.csv
 
 "needed" is what the mathematics asks for, without padding and without prompt positions in the LM head: a token through P weights
 costs 2P, attention 4·width·context per layer, a backward pass twice the forward; a frozen layer has none. "done" is what torch's

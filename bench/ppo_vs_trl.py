@@ -2,7 +2,7 @@
 """vbon.py's PPO beside TRL's (trl.experimental.ppo): seconds per phase and peak memory, from the same pieces and settings.
 
     python bench/ppo_vs_trl.py                                     # random models; makes TRL's environment in bench/.venv-trl first
-    python bench/ppo_vs_trl.py --ref DIR --reward DIR --dataset DIR --threads 1 --csv results/ppo_vs_trl.csv
+    python bench/ppo_vs_trl.py --ref DIR --reward DIR --dataset DIR --threads 1 --csv results/bench-ppo_vs_trl.csv
     python bench/ppo_vs_trl.py --trl-python PYTHON                 # an environment that has TRL already
 
 Each side is a process of its own, which loads once and then runs a phase when told to: one runs at a time, and they take turns.
