@@ -315,6 +315,11 @@ def scatter(axes, runs, value, shares=None):
                           color=COLORS[method], alpha=1 if on_front else 0.25, ms=5, lw=0.8)
 
 
+def legend_below(axes):
+    """A legend that hides no point."""
+    axes.legend(fontsize=8, ncols=3, columnspacing=1, handletextpad=0.3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
 def plot_pareto(folder, task, runs):
     """Figures 2 and 7: win rate and reward against KL, with each method's share of the front, and Best-of-N."""
     figure, axes = subplots(2, f"{task}: each point a run; faded: off its own method's front")
@@ -329,7 +334,7 @@ def plot_pareto(folder, task, runs):
             a.plot([x for x, _ in measured], [y for _, y in measured], color="black", lw=1)
         a.set_ylabel(name)
         kl_axis(a)
-        a.legend(fontsize=8)
+        legend_below(a)
     save(figure, f"{folder}/{task}-pareto.png")
 
 
@@ -341,7 +346,7 @@ def plot_bound(folder, task, runs):
         scatter(a, runs, value)
         a.set_ylabel(name)
         kl_axis(a)
-        a.legend(fontsize=8)
+        legend_below(a)
     save(figure, f"{folder}/{task}-bound.png")
 
 
