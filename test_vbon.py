@@ -276,6 +276,19 @@ def test_gradients_of_the_losses_against_finite_differences():
     assert (new.grad[~mask] == 0).all()
 
 
+def test_log_probs_of_the_taken_tokens_and_their_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logits, tokens = (3 * torch.randn(2, 3, 5, generator=generator)).double().requires_grad_(), torch.randint(5, (2, 3), generator=generator)
+    found = vbon.token_log_probs(logits, tokens, 0.7)
+    expected = (logits / 0.7).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    weights = torch.randn(2, 3, generator=generator).double()
+    (by_hand,), (by_autograd,) = (torch.autograd.grad((weights * x).sum(), logits, retain_graph=True) for x in (found, expected))
+    torch.testing.assert_close(by_hand, by_autograd, rtol=0, atol=1e-14)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # never a wrong gradient
+        torch.autograd.grad(found.sum(), logits)
+
+
 # --- models: decoding, the shared trunk -------------------------------------------------------------------------------
 
 
