@@ -731,8 +731,9 @@ def token_log_probs(logits, tokens, temperature=1.0):
 def make_policy(ref, unfrozen_layers):
     """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
 
-    With K = unfrozen_layers ≥ 1 only the top K transformer layers and what the model registers behind them (the final norm) are trained; every other tensor is
-    frozen and shared with π_ref, not copied: the two models have one trunk. Raises UserError if there are fewer layers.
+    With K = unfrozen_layers ≥ 1 only the top K transformer layers and what the model registers behind them (the final norm)
+    are trained; every other tensor is frozen and shared with π_ref, not copied: the two models have one trunk. Raises
+    UserError if there are fewer layers.
     """
     ref.requires_grad_(False)
     if unfrozen_layers == -1:

@@ -194,16 +194,18 @@ def matmul_rate(rows, inner, columns, device, dtype="float32", seconds=0.2):
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def machine(device=None):
-    """One line that says what the numbers were measured on."""
-    name = platform.processor() or platform.machine()
+def cpu_name():
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    except FileNotFoundError:
-        pass
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine(device=None):
+    """One line that says what the numbers were measured on."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device is not None and device.type == "cuda" else ""
-    return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def spread(values, digits=2):
@@ -228,7 +230,7 @@ def write_csv(path, rows, **same):
         writer.writeheader()
         writer.writerows([row | same for row in rows])
     os.replace(path + ".tmp", path)
-    print(f"written: {path}")
+    print(f"written: {path}", file=sys.stderr)
 
 
 def temporary_folder():

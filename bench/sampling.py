@@ -10,11 +10,8 @@ are medians over the turns, ratios are taken turn by turn. "of matmul" is the mu
 second, over the rate of bare torch.matmul with the model's own weights and one row per response, measured in the same turns.
 """
 import argparse
-import csv
-import io
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -26,14 +23,11 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import vbon  # noqa: E402
-from vbon import UserError  # noqa: E402
+import common
+import vbon
+from vbon import UserError
 
 ROWS = 512  # responses that are decoded at a time
-COLUMNS = ("M", "prompts", "sampler", "tokens_per_s", "tokens_per_s_min", "tokens_per_s_max", "ratio_to_hand", "ratio_min", "ratio_max",
-           "share_of_matmul", "matmul_gflops", "turns", "new_tokens", "parameters", "model", "device", "cpu", "cores", "threads", "torch",
-           "transformers", "vllm")
 
 
 # --- model and prompts ------------------------------------------------------------------------------------------------
@@ -253,27 +247,6 @@ def measure(lm, prompts, M, samplers, args, device):
     return found
 
 
-def cpu_model():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def write_csv(path, rows):
-    """Under a temporary name first: the file is there whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        vbon.write_whole(path, text.getvalue())
-    except OSError as error:
-        raise UserError(f"--csv {path}: {error.strerror}") from None
-
-
 def show(row):
     print(f"{row['M']:5}{row['prompts']:9}  {row['sampler']:<13}{row['tokens_per_s']:10,.0f}  {row['tokens_per_s_min']:>8,.0f} – "
           f"{row['tokens_per_s_max']:<8,.0f}{row['ratio_to_hand']:7.2f}  {row['ratio_min']:6.2f} – {row['ratio_max']:<6.2f}"
@@ -300,7 +273,7 @@ def run(args):
                 samplers["vllm"], vllm_process, version = start_vllm(args, args.ref or folder, context, args.ref is None, log)
             machine = {"new_tokens": args.new_tokens, "parameters": lm.num_parameters(),
                        "model": lm.config.model_type if args.ref else "gpt2, random",
-                       "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": cpu_model(),
+                       "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "cpu": common.cpu_name(),
                        "cores": os.cpu_count(), "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
                        "vllm": version}
             print("  ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
@@ -309,7 +282,7 @@ def run(args):
                 for row in measure(lm, prompts[:prompts_for(M)], M, samplers, args, device):
                     rows.append(row | machine)
                     show(row)
-                write_csv(args.csv, rows)
+                common.write_csv(args.csv, rows)
     finally:
         if vllm_process:
             stop_vllm(vllm_process)
@@ -333,6 +306,8 @@ def parse_args(argv):
         raise UserError("--ref and --dataset go together")
     if min(args.M + [args.pairs, args.threads, args.new_tokens]) < 1:
         raise UserError("--M, --pairs, --threads and --new-tokens must be at least 1")
+    if args.csv and not os.path.isdir(os.path.dirname(args.csv) or "."):
+        raise UserError(f"--csv {args.csv}: there is no such folder")
     return args
 
 
