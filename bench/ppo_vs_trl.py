@@ -140,8 +140,9 @@ def trl_python(given):
     if not os.path.exists(os.path.join(folder, "complete")):
         import torch
         print(f"making TRL's environment in {folder} (some minutes)", flush=True)
-        cpu_only = [] if torch.version.cuda else ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-        for command in ([sys.executable, "-m", "venv", "--clear", folder], [python, "-m", "pip", "install", "-q", *cpu_only, *PACKAGES]):
+        cpu_only = [] if torch.version.cuda else ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "0"]
+        install = [python, "-m", "pip", "install", "-q"]
+        for command in ([sys.executable, "-m", "venv", "--clear", folder], [*install, *cpu_only, PACKAGES[0]], [*install, *PACKAGES]):
             if subprocess.run(command).returncode:
                 raise UserError(f"TRL's environment could not be made ({' '.join(command[:4])} …): pass --trl-python PYTHON")
         for name, text in ((".gitignore", "*\n"), ("complete", "")):
