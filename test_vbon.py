@@ -954,7 +954,7 @@ def test_vllm_samples_the_same_distribution(tmp_path):
         write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Film number {i} is"} for i in range(20)])
         models, data = tmp_path, tmp_path / "prompts.jsonl"
     base = ["--task", "imdb", "--ref", models / "ref", "--reward", models / "reward", "--dataset", data, "--episodes", 16, "--rollouts", 16,
-            "--minibatch", 16, "--train-prompts", 8, "--test-prompts", 2, "--test-M", 8, "--M", 128, "--max-new-tokens", 20, "--N", 2, "--unfrozen-layers", 1]
+            "--minibatch", 16, "--train-prompts", 8, "--test-prompts", 2, "--test-M", 8, "--M", 128, "--max-new-tokens", 12, "--N", 2, "--unfrozen-layers", 1]
     files = {}
     for backend, name in (("hand", "this script"), ("vllm", "vLLM")):
         result = command(*base, "--backend", backend, "--samples", backend + ".jsonl", "--out", backend, cwd=tmp_path, HF_HUB_OFFLINE="1",
