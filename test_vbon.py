@@ -374,6 +374,25 @@ def test_shared_trunk(kind):
     torch.testing.assert_close(vbon.forward(ref, ids, mask, 4)[0], ref_logits)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+def test_the_trunk_that_decoding_knew_is_that_of_a_whole_pass(kind):
+    """Responses of different lengths, T = 10 and T = 1: the top layers on decoding's trunk give the logits of a whole pass."""
+    lm, prompts, eos = small_lm(kind), PROMPTS * 4, 10
+    for T in (10, 1):
+        uniforms = torch.rand(len(prompts), T, generator=torch.Generator().manual_seed(1))
+        with vbon.trunk_output(lm, 2) as stored:
+            tokens, mask, _, _ = vbon.generate(lm, prompts, uniforms, eos, 1.0)
+        assert T == 1 or len(mask.sum(1).unique()) > 3, "responses should end at different times"
+        left, left_mask = vbon.pad(prompts, eos, "left")
+        ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)
+        trunk = vbon.whole_trunk(stored, mask)
+        with torch.no_grad():
+            whole, _ = vbon.forward(lm, ids, ids_mask, T)
+            with vbon.top_layers(lm, 2, trunk):
+                short, _ = vbon.forward(lm, ids, ids_mask, T)
+        torch.testing.assert_close(short[mask], whole[mask], atol=2e-5, rtol=1e-4)
+
+
 # --- the toy ----------------------------------------------------------------------------------------------------------
 
 TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_prompts=16, max_new_tokens=3, eval_every=1, lr=1e-3)
@@ -509,29 +528,38 @@ def weights(run, file="policy/model.safetensors"):
     return load_file(f"{run}/{file}")
 
 
-@pytest.mark.parametrize("script, argv", [("vbon.py", []), ("bon_baselines.py", ["bonbon", "--N", "4"])])
-def test_a_killed_run_resumes_to_the_same_weights(script, argv, tmp_path):
+@pytest.mark.parametrize("script, argv", [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])])
+def test_a_killed_run_resumes_to_the_same_weights(script, argv, tmp_path, monkeypatch, capsys):
     """kill -9 after a checkpoint; the resumed run ends with the bits of one that was never killed."""
-    flags = [*argv, *(str(x) for k, v in (TOY | {"episodes": 8192, "save_every": 2, "eval_every": 4}).items() for x in ("--" + k.replace("_", "-"), v))]
-    whole = command(*flags, "--out", "whole", cwd=tmp_path, script=script)
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([sys.executable, str(HERE / script), *flags, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed/checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -9 and not (tmp_path / "killed/result.json").exists(), "it should be killed in the middle"
-    other = command(*flags, "--out", "killed", "--resume", "--lr", "0.01", cwd=tmp_path, script=script)
-    assert other.returncode == 2 and "lr = 0.001, not 0.01" in other.stderr
-    resumed = command(*flags, "--out", "killed", "--resume", cwd=tmp_path, script=script)
-    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
+    monkeypatch.chdir(tmp_path)
+    flags = [*argv, *(str(x) for k, v in (TOY | {"episodes": 4096, "save_every": 2, "eval_every": 8}).items() for x in ("--" + k.replace("_", "-"), v))]
+    (tmp_path / "killed.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import vbon
+save, count = vbon.save_checkpoint, [0]
+def killed(*args):
+    count[0] += 1
+    if count[0] == 2:
+        os.kill(os.getpid(), 9)
+    save(*args)
+vbon.save_checkpoint = killed
+import {script.__name__}
+sys.exit({script.__name__}.main(sys.argv[1:]))
+""")
+    process = subprocess.Popen([sys.executable, "killed.py", *flags, "--out", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert script.main([*flags, "--out", "whole", "--samples", "whole.jsonl"]) == 0
+    assert process.wait() == -9 and Path("killed/checkpoint.pt").exists() and not Path("killed/result.json").exists()
+    assert script.main([*flags, "--out", "killed", "--resume", "--lr", "0.01"]) == 2
+    assert "lr = 0.001, not 0.01" in capsys.readouterr().err
+    assert script.main([*flags, "--out", "killed", "--resume"]) == 0 and "resumed from" in capsys.readouterr().out
 
     def without_times(run):
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(tmp_path / run / "metrics.jsonl")]
-    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(one[name], two[name]) for name in one) and without_times("whole")[-1]["episode"] == 8192
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(f"{run}/metrics.jsonl")]
+    one, two = weights("whole"), weights("killed")
+    assert all(torch.equal(one[name], two[name]) for name in one) and without_times("whole")[-1]["episode"] == 4096
     assert without_times("whole") == without_times("killed")
-    assert not (tmp_path / "killed/checkpoint.pt").exists()
+    assert not Path("killed/checkpoint.pt").exists()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -618,6 +646,17 @@ def pieces(tmp_path_factory):
 
 def own(pieces, ref=None, reward=None, dataset=None):
     return ["--ref", ref or pieces / "ref", "--reward", reward or pieces / "reward", "--dataset", dataset or pieces / "prompts.jsonl"]
+
+
+def test_the_fused_gelu_is_gpt2s_own(pieces):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(pieces / "ref")
+    ours = vbon.load("ref", AutoModelForCausalLM, str(pieces / "ref"), dtype=torch.float32)
+    names = [[type(m).__name__ for m in lm.modules()] for lm in (theirs, ours)]
+    assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2 and "NewGELUActivation" not in names[1]
+    ids = torch.randint(257, (4, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert ours.config.activation_function == "gelu_new"  # what is saved stays as it was
 
 
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
@@ -809,10 +848,10 @@ def test_posts_are_cut_to_fit():
 # --- the file of samples: killed, shared, damaged, exchanged; several processes; vLLM ---------------------------------
 
 
-def test_sampling_killed_twice_ends_with_the_same_file(pieces, tmp_path):
+def test_sampling_killed_twice_ends_with_the_same_file(pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 60, "--test-M", 30, "--train-prompts", 16, "--sample-batch", 240]]
-    whole = command(*flags, "--samples", "whole.jsonl", "--out", "a", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+    assert vbon.main([*flags, "--samples", "whole.jsonl", "--out", "a"]) == 0
     content = (tmp_path / "whole.jsonl").read_bytes()
     for killed_after in (1, 3):
         process = subprocess.Popen([sys.executable, "-c", f"""
@@ -827,7 +866,7 @@ vbon.append_lines = appended
 vbon.main(sys.argv[1:])""", *flags, "--samples", "killed.jsonl", "--out", "b"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert process.wait() == -9
         assert len((tmp_path / "killed.jsonl").read_bytes()) < len(content)
-    assert command(*flags, "--samples", "killed.jsonl", "--out", "b", cwd=tmp_path).returncode == 0
+    assert vbon.main([*flags, "--samples", "killed.jsonl", "--out", "b"]) == 0
     assert (tmp_path / "killed.jsonl").read_bytes() == content
 
 
@@ -875,51 +914,60 @@ def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path, monkeypatch):
     assert refused > 250
 
 
-def test_samples_in_the_authors_formats(pieces, tmp_path):
+def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     flags = [str(a) for a in [*IMDB, *own(pieces)]]
-    assert command(*flags, "--samples", "s.jsonl", "--out", "a", cwd=tmp_path).returncode == 0
-    policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
+    assert vbon.main([*flags, "--samples", "s.jsonl", "--out", "a"]) == 0
+    policy = Path("a/policy/model.safetensors").read_bytes()
     for flat in ([], ["--flat"]):
-        assert command("--export", "s.jsonl", "theirs.jsonl", *flat, cwd=tmp_path, script="evaluate.py").returncode == 0
-        row = json.loads((tmp_path / "theirs.jsonl").read_text().splitlines()[0])
+        assert evaluate.main(["--export", "s.jsonl", "theirs.jsonl", *flat]) == 0
+        row = json.loads(Path("theirs.jsonl").read_text().splitlines()[0])
         assert set(row) == ({"prompt", "text", "reward"} if flat else {"prompt", "responses", "rewards"})
-        (tmp_path / "own.jsonl").unlink(missing_ok=True)
-        again = command(*flags, "--samples", "own.jsonl", "--import-samples", "theirs.jsonl", "--out", "b", "--overwrite", cwd=tmp_path)
-        assert again.returncode == 0 and "samples of 6 of the 6 training prompts taken over" in again.stdout, again.stderr
-        assert (tmp_path / "b/policy/model.safetensors").read_bytes() == policy  # the same F, and so the same run
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "text": "y", "reward": 1}\n{"prompt": "x", "text": "y", "reward": NaN}\n')
-    refused(command(*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c", cwd=tmp_path), "bad.jsonl, line 2")
-    assert not (tmp_path / "new.jsonl").exists()
+        Path("own.jsonl").unlink(missing_ok=True)
+        assert vbon.main([*flags, "--samples", "own.jsonl", "--import-samples", "theirs.jsonl", "--out", "b", "--overwrite"]) == 0
+        assert "samples of 6 of the 6 training prompts taken over" in capsys.readouterr().out
+        assert Path("b/policy/model.safetensors").read_bytes() == policy  # the same F, and so the same run
+    Path("bad.jsonl").write_text('{"prompt": "x", "text": "y", "reward": 1}\n{"prompt": "x", "text": "y", "reward": NaN}\n')
+    assert vbon.main([*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c"]) == 2
+    assert "bad.jsonl, line 2" in capsys.readouterr().err.strip().splitlines()[-1] and not Path("new.jsonl").exists()
 
 
-def torchrun(*argv, cwd, **environment):
-    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "vbon.py"), *map(str, argv)]
+def torchrun(*argv, cwd, script=HERE / "vbon.py", **environment):
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *map(str, argv)]
     return subprocess.run(command_line, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def test_two_processes_are_as_one(pieces, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(pieces, tmp_path_factory):
+    """A run of two processes: its flags, its folder, what it printed."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = [str(a) for a in [*IMDB, *own(pieces), "--rollouts", 16, "--episodes", 64, "--lr", 1e-3, "--save-every", 1]]
+    run = torchrun(*flags, "--samples", "two.jsonl", "--out", "two", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return flags, folder, run.stdout
+
+
+def test_two_processes_are_as_one(pieces, two_processes, tmp_path):
     """The same samples, byte by byte, and the same weights up to rounding; a shared trunk, and minibatches that fall unevenly."""
-    flags = [str(a) for a in [*IMDB, *own(pieces), "--rollouts", 16, "--episodes", 64, "--lr", 1e-3]]
+    flags, folder, printed = two_processes
     one = command(*flags, "--samples", "one.jsonl", "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
-    two = torchrun(*flags, "--samples", "two.jsonl", "--out", "two", cwd=tmp_path)
-    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "one.jsonl").read_bytes() == (folder / "two.jsonl").read_bytes()
+    a, b = weights(tmp_path / "one"), weights(folder / "two")
     before = weights(pieces / "ref", "model.safetensors")
     assert max((a[k] - b[k]).abs().max() for k in a) < 2e-4 and 2e-3 < max((a[k] - before[k]).abs().max() for k in a if k in before)
-    rows = [[json.loads(line) for line in open(tmp_path / run / "metrics.jsonl")] for run in ("one", "two")]
+    rows = [[json.loads(line) for line in open(run / "metrics.jsonl")] for run in (tmp_path / "one", folder / "two")]
     assert len(rows[0]) == len(rows[1]) == 4
     for m, n in zip(*rows):
         assert all(m[k] == pytest.approx(n[k], abs=1e-4) for k in m if not k.startswith("time/"))
-    assert two.stdout.count("win rate") == 1  # one process speaks
+    assert printed.count("win rate") == 1  # one process speaks
     uneven = torchrun(*flags, "--rollouts", 15, "--minibatch", 3, "--out", "three", cwd=tmp_path)
     assert uneven.returncode != 0 and "vbon.py: --rollouts 15 cannot be shared out evenly to 2 processes" in uneven.stderr
+    assert not (tmp_path / "samples").exists()
 
 
-def test_a_killed_process_ends_the_run_which_resumes(tmp_path):
-    flags = [x for k, v in (TOY | {"episodes": 16384, "save_every": 2, "eval_every": 100}).items() for x in ("--" + k.replace("_", "-"), v)]
-    whole = torchrun(*flags, "--out", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+def test_a_killed_process_ends_the_run_which_resumes(two_processes, tmp_path):
+    flags, folder, _ = two_processes
     launcher = tmp_path / "killed.py"
     launcher.write_text(f"""
 import os, sys
@@ -928,19 +976,18 @@ import vbon
 phase, count = vbon.ppo_phase, [0]
 def killed(*args):
     count[0] += 1
-    if count[0] == 4 and os.environ["RANK"] == "1":
+    if count[0] == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)
     return phase(*args)
 vbon.ppo_phase = killed
 sys.exit(vbon.main())
 """)
-    stopped = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launcher),
-                              *map(str, flags), "--out", "killed"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    stopped = torchrun(*flags, "--out", "killed", cwd=tmp_path, script=launcher)
     assert stopped.returncode != 0 and (tmp_path / "killed/checkpoint.pt").exists() and not (tmp_path / "killed/result.json").exists()
     assert "another process of this run ended" in stopped.stderr, stopped.stderr
     resumed = torchrun(*flags, "--out", "killed", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
-    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    one, two = weights(folder / "two"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -586,15 +586,14 @@ def forward(lm, ids, mask, keep, cache=None):
 def sample_tokens(logits, uniforms):
     """One token per row by inverting the CDF at a uniform number: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
 
-    A single exponential per logit gives both the token and the normalizer of its log-probability; softmax followed by
-    `torch.multinomial`, which draws V random numbers per row, takes about four times as long.
+    `torch.multinomial`, which draws V random numbers per row, takes several times as long.
     """
-    peak = logits.amax(-1, keepdim=True)
-    cdf = (logits - peak).exp_().cumsum(-1)
-    total = cdf[:, -1:]
+    pi = logits.softmax(-1)
+    cdf = pi.cumsum(-1)
+    total = cdf[:, -1:]  # 1, up to rounding
     below = torch.nextafter(total, torch.zeros_like(total))  # u·total may round up to total, which no token reaches
     tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
-    return tokens.squeeze(1), (logits.gather(1, tokens) - peak - total.log()).squeeze(1)
+    return tokens.squeeze(1), pi.gather(1, tokens).log().squeeze(1)
 
 
 @torch.no_grad()
@@ -778,11 +777,24 @@ def trunk_output(lm, K):
         hook.remove()
 
 
+def whole_trunk(stored, mask):
+    """What `trunk_output` stored during `generate`, put together: (B, prompt + T − 1, H), zero where nothing follows a token.
+
+    stored: the prompts' (B, prompt, H), then (rows, 1, H) for each token that another one follows; mask (B, T) of `generate`.
+    """
+    (B, prompt, H), T = stored[0].shape, mask.shape[1]
+    trunk = stored[0].new_zeros(B, prompt + T - 1, H)
+    trunk[:, :prompt] = stored[0]
+    for t, hidden in enumerate(stored[1:]):
+        trunk[mask[:, t + 1], prompt + t] = hidden[:, 0]
+    return trunk
+
+
 @contextmanager
 def top_layers(lm, K, trunk):
     """While in force, `forward` runs only the top K layers of lm, on stored trunk activations.
 
-    The frozen trunk gives the same activations in each of PPO's epochs and to π_ref, so it is run once per phase. The
+    The frozen trunk gives the same activations in each of PPO's epochs and to π_ref, so it is run once, while decoding. The
     model's own code still makes masks and positions; just its list of layers is cut short and fed by the hook.
     """
     owner, name = transformer_layers(lm)
@@ -809,23 +821,22 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
     prompt_ids = [task.encode(p) for p in prompts]
     uniforms = torch.rand(B, T, generator=generator, device=device)
-    with autocast(args, device):
+    with autocast(args, device), trunk_output(policy, K) if K > 0 else nullcontext() as stored:
         tokens, mask, old_log_probs, old_values = generate(
             policy, prompt_ids[mine], uniforms[mine], task.tokenizer.eos_token_id, args.temperature, value_head)
     responses = decode(task, prompts[mine], token_lists(tokens, mask))
     clock.append(time.perf_counter())
 
-    # π_ref's log-probs of the same tokens. Where the trunk is shared, its activations are kept for the updates.
+    # π_ref's log-probs of the same tokens. A trunk that is shared has seen them all while decoding: what it gave serves π_ref and the updates.
     left, left_mask = pad(prompt_ids[mine], task.tokenizer.eos_token_id, "left", device)
     ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)  # nothing follows the last token
-    ref_log_probs, trunk = torch.empty_like(old_log_probs), []
+    trunk = whole_trunk(stored, mask) if K > 0 else None
+    ref_log_probs = torch.empty_like(old_log_probs)
     with torch.no_grad(), autocast(args, device):
         for rows in torch.arange(len(ids), device=device).split(args.minibatch):
-            with trunk_output(ref, K) if K > 0 else nullcontext([]) as stored:
+            with top_layers(ref, K, trunk[rows]) if K > 0 else nullcontext():
                 logits, _ = forward(ref, ids[rows], ids_mask[rows], T)
             ref_log_probs[rows] = token_log_probs(logits, tokens[rows], args.temperature) * mask[rows]
-            trunk += stored
-    trunk = torch.cat(trunk) if trunk else None
 
     # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
     scores = torch.tensor(checked_scores(task, prompts[mine], responses), dtype=torch.double)
@@ -852,7 +863,7 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
             losses.append(torch.zeros(4, device=device))
             if len(rows):
                 local = rows - mine.start
-                with autocast(args, device), top_layers(policy, K, trunk[local]) if trunk is not None else nullcontext():
+                with autocast(args, device), top_layers(policy, K, trunk[local]) if K > 0 else nullcontext():
                     logits, hidden = forward(policy, ids[local], ids_mask[local], T)
                     values = value_head(hidden).squeeze(-1).float()
                 log_probs = token_log_probs(logits, tokens[local], args.temperature)
@@ -898,6 +909,8 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
 def train(args):
     """The whole run (Algorithm 1). Returns what it writes to result.json."""
     device, task = begin(args)
+    if args.rollouts % processes():
+        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
     torch.manual_seed(args.seed)
     policy, value_head = make_policy(task.ref, args.unfrozen_layers)
     ref_rewards = reference_samples(task, args, device)
@@ -906,8 +919,6 @@ def train(args):
         optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
         print(exact_row("what training aims at", optimum))
 
-    if args.rollouts % processes():
-        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
     phases = args.episodes // args.rollouts
     trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
@@ -1027,11 +1038,21 @@ def load(what, loader, name, **kwargs):
         model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
         if info["missing_keys"]:  # the library would make them up at random
             raise UserError(f"--{what} {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}: it is no such model")
-        return model
+        return with_fused_gelu(model)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
                         f"Pass --{what} FOLDER to use a local one.") from None
+
+
+def with_fused_gelu(model):
+    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise products and sums, each of which reads and
+    writes the whole tensor: with those an update takes a fifth longer."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":  # ½x(1 + tanh(√(2/π)(x + 0.044715x³))), the same function
+                setattr(module, name, nn.GELU("tanh"))
+    return model
 
 
 def pick_device(name):
@@ -1513,6 +1534,7 @@ def add_up(tensors):
 
 def begin(args):
     """The device, the task and, for the toy, its exact world, with the table's head printed."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: a tenth of an update would go into mapping its large tensors in pages of 4 KB
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
     logging.disable_progress_bar()

@@ -125,6 +125,14 @@ def make_models(folder, layers, width, heads, vocab, reward_layers, reward_width
             file.write(json.dumps({"prompt": " ".join(words)}) + "\n")
 
 
+def stock(lm):
+    """A copy of the model as transformers builds it, for the peers: vbon.py puts a faster GELU in."""
+    with torch.device(lm.device):
+        copy = type(lm)(lm.config)
+    copy.load_state_dict(lm.state_dict())
+    return copy.eval()
+
+
 # --- PPO phases of vbon.py --------------------------------------------------------------------------------------------
 
 

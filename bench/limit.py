@@ -48,7 +48,7 @@ def needed_flops(l, prompts, length, reward_flops):
         tokens = len(l.task.encode(prompt)) + length - 1  # the last one is never read
         per_layer = 2 * weights * tokens + 4 * lm.config.hidden_size * tokens * (tokens + 1) / 2
         needed["rollout"] += layers * per_layer + length * (head + value_head)
-        needed["score"] += layers * per_layer + length * head
+        needed["score"] += trained * per_layer + length * head  # a frozen trunk was run while decoding
         needed["update"] += l.args.ppo_epochs * (3 * trained * per_layer + length * (head_passes * head + 3 * value_head))
     return needed
 
@@ -117,7 +117,7 @@ def shapes(l, prompts):
     update = [shape for a, b in matrices for shape in ((rows, a, b, trained), (rows, b, a, trained), (a, rows, b, trained))]
     update += [(kept, H, V, 1), (kept, V, H, 1)] + [(V, kept, H, 1)] * (trained == layers)
     return {"rollout": [(B, a, b, layers) for a, b in matrices] + [(B, H, V, 1)],
-            "score": [(rows, a, b, layers) for a, b in matrices] + [(kept, H, V, 1)], "update": update}
+            "score": [(rows, a, b, trained) for a, b in matrices] + [(kept, H, V, 1)], "update": update}
 
 
 def rate(products, device, dtype):

@@ -11,7 +11,8 @@ A phase is --rollouts responses, their rewards, and 4 epochs of minibatches of 3
 TRL takes rewards from a causal classifier on the policy's own tokens and reads `.score` off the last of them, so a DistilBERT does
 not go in as it is. Here a stand-in decodes the tokens and calls the very reward function of vbon.py: same texts, same cost.
 TRL trains all layers of the policy and of a value model of the same size, which has its own backbone; vbon.py's value head sits
-on the policy. That is part of what is compared. TRL has no flag for freezing: "TRL, top 2" sets requires_grad by hand, in both.
+on the policy. That is part of what is compared, as are the fused GELU and the larger memory pages that vbon.py sets up. TRL has no
+flag for freezing: "TRL, top 2" sets requires_grad by hand, in both.
 """
 import json
 import os
@@ -87,6 +88,7 @@ def trl_trainer(ppo_trainer, options, flags):
     tokenizer = task.tokenizer
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # TRL masks it out and never embeds it
     tokenizer.padding_side = "left"
+    task.ref = common.stock(task.ref)
     policy, value = copy.deepcopy(task.ref), AutoModelForSequenceClassification.from_pretrained(args.ref, num_labels=1, dtype=torch.float32)
     if args.unfrozen_layers > 0:
         for model in (policy, value):
@@ -158,7 +160,8 @@ def start_side(name, options, flags, folder):
     log = open(f"{folder}/{kind}{layers}.log", "w", encoding="utf-8")
     try:
         process = subprocess.Popen([options.python[kind], os.path.abspath(__file__), "--side", json.dumps(request)],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                                   env=os.environ | ({"THP_MEM_ALLOC_ENABLE": "0"} if kind == "trl" else {}))  # which vbon.begin would set
     except OSError as error:
         raise UserError(f"cannot run {options.python[kind]}: {error.strerror}") from None
     process.log = log.name

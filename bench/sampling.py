@@ -37,7 +37,7 @@ def random_model(count, device):
     """GPT-2's smallest shape (124M) with random weights, prompts of eight random tokens, and an EOS that no model ever draws."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    lm = GPT2LMHeadModel(GPT2Config())
+    lm = vbon.with_fused_gelu(GPT2LMHeadModel(GPT2Config()))
     return lm.to(device).eval(), torch.randint(lm.config.vocab_size, (count, 8)).tolist(), lm.config.vocab_size
 
 
@@ -262,7 +262,7 @@ def run(args):
     device = vbon.pick_device(args.device)
     count = max(map(prompts_for, args.M))
     lm, prompts, eos = own_model(args, count, device) if args.ref else random_model(count, device)
-    samplers = {"hand": hand_sampler(lm, eos, args, device), "transformers": transformers_sampler(lm, eos, args, device)}
+    samplers = {"hand": hand_sampler(lm, eos, args, device), "transformers": transformers_sampler(common.stock(lm), eos, args, device)}
     vllm_process, version, rows = None, None, []
     try:
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as log:
