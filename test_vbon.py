@@ -14,7 +14,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -346,6 +345,16 @@ def test_sampled_tokens_follow_the_distribution():
     torch.testing.assert_close(log_probs, p.log()[tokens])
 
 
+def test_no_token_of_probability_zero_is_drawn():
+    """A vocabulary of 50 000 at a low temperature, where most probabilities underflow, and the ends of [0, 1)."""
+    logits = 4 * torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0)) / 0.1
+    for u in (0.0, 0.5, 1 - 2 ** -24):
+        tokens, log_probs = vbon.sample_tokens(logits, torch.full((64,), u))
+        assert (logits.softmax(-1).gather(1, tokens.unsqueeze(1)) > 0).all()
+        exact = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(log_probs, exact.clamp(min=math.log(torch.finfo(torch.float32).tiny)), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
 def test_shared_trunk(kind):
     """Top layers on stored activations give what a whole pass gives, gradients too; the trunk is shared, not copied."""
@@ -530,20 +539,20 @@ def weights(run, file="policy/model.safetensors"):
 
 @pytest.mark.parametrize("script, argv", [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])])
 def test_a_killed_run_resumes_to_the_same_weights(script, argv, tmp_path, monkeypatch, capsys):
-    """kill -9 after a checkpoint; the resumed run ends with the bits of one that was never killed."""
+    """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that was never killed."""
     monkeypatch.chdir(tmp_path)
     flags = [*argv, *(str(x) for k, v in (TOY | {"episodes": 4096, "save_every": 2, "eval_every": 8}).items() for x in ("--" + k.replace("_", "-"), v))]
     (tmp_path / "killed.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import vbon
-save, count = vbon.save_checkpoint, [0]
-def killed(*args):
-    count[0] += 1
+replace, count = os.replace, [0]
+def killed(source, target):
+    count[0] += target.endswith("checkpoint.pt")
     if count[0] == 2:
         os.kill(os.getpid(), 9)
-    save(*args)
-vbon.save_checkpoint = killed
+    replace(source, target)
+os.replace = killed
 import {script.__name__}
 sys.exit({script.__name__}.main(sys.argv[1:]))
 """)
@@ -552,7 +561,8 @@ sys.exit({script.__name__}.main(sys.argv[1:]))
     assert process.wait() == -9 and Path("killed/checkpoint.pt").exists() and not Path("killed/result.json").exists()
     assert script.main([*flags, "--out", "killed", "--resume", "--lr", "0.01"]) == 2
     assert "lr = 0.001, not 0.01" in capsys.readouterr().err
-    assert script.main([*flags, "--out", "killed", "--resume"]) == 0 and "resumed from" in capsys.readouterr().out
+    resumed = command(*flags, "--out", "killed", "--resume", cwd=tmp_path, script=f"{script.__name__}.py")
+    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
 
     def without_times(run):
         return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(f"{run}/metrics.jsonl")]
@@ -656,6 +666,10 @@ def test_the_fused_gelu_is_gpt2s_own(pieces):
     assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2 and "NewGELUActivation" not in names[1]
     ids = torch.randint(257, (4, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    x, y = (torch.linspace(-6, 6, 1001, requires_grad=True) for _ in range(2))
+    one, two = theirs.transformer.h[0].mlp.act(x), ours.transformer.h[0].mlp.act(y)
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(one.sum(), x), torch.autograd.grad(two.sum(), y), atol=5e-6, rtol=1e-5)
     assert ours.config.activation_function == "gelu_new"  # what is saved stays as it was
 
 
@@ -668,6 +682,17 @@ def test_own_models_and_prompts(pieces, tmp_path, monkeypatch, objective):
     assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0 and len(samples) == 2  # a tenth of 20 prompts is held out
     stored = [json.loads(line) for line in open(next(Path("samples").iterdir()))][1:]
     assert len(stored) == (2 if objective == "rlhf" else 8) and all(s["prompt"].startswith("Film number") for s in stored)
+    first = json.loads(open("run/metrics.jsonl").readline())
+    assert first["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)  # π_θ is π_ref at first, by decoding and by a pass over the shared trunk
+
+
+def test_bfloat16(pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert vbon.main([str(a) for a in [*IMDB, *own(pieces), "--dtype", "bfloat16", "--lr", 1e-3, "--out", "run"]]) == 0
+    rows = [json.loads(line) for line in open("run/metrics.jsonl")]
+    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05) and all(math.isfinite(x) for row in rows for x in row.values() if x is not None)
+    assert all(p.dtype == torch.float32 for p in weights("run").values())
+    assert json.loads(open(next(Path("samples").iterdir())).readline())["dtype"] == "bfloat16"
 
 
 def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and ke
     python vbon.py --help                              # every flag, its meaning and its default in each task
 
 The file reads from top to bottom:  1 mathematics  ·  2 settings  ·  3 tasks  ·  4 sampling  ·  5 log F  ·  6 PPO  ·
-7 training and evaluation  ·  8 plumbing (files, loading, vLLM, several processes), which you may pass over. Section 1 and
-the losses of section 6 are pure functions of tensors: copy them out as they are.
+7 training and evaluation  ·  8 plumbing (files, loading, vLLM, several processes), which you may pass over; of what is there,
+`reference_samples` draws and stores the M samples and `decode` makes texts of tokens. Section 1 and the losses of section 6 are
+pure functions of tensors: copy them out as they are.
 All logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, P prompts.
 """
 import argparse
@@ -62,7 +63,8 @@ def log_bon_pmf(log_F, log_p, N):
     N = torch.as_tensor(N, dtype=torch.result_type(log_F, log_p), device=log_p.device)
     if not (N >= 1).all():
         raise ValueError(f"N must be at least 1, not {N.min().item():g}")
-    # log(F + p). Where the sum is near 1 its log is near 0, and N times a rounding error would show: log1p there.
+    # log(F + p). Where the sum is near 1 its log is near 0, and N times a rounding error would show: there as log1p((e^high − 1) + e^low).
+    # (The clamp changes nothing there; it keeps the other rows, and their gradients, finite.)
     high, low = torch.maximum(log_F, log_p), torch.minimum(log_F, log_p)
     near_one = torch.log1p(torch.expm1(high.clamp(min=-1)) + torch.exp(low))
     log_sum = torch.where(high > -0.7, near_one, torch.logaddexp(log_F, log_p))
@@ -70,8 +72,8 @@ def log_bon_pmf(log_F, log_p, N):
     # A real response has log p = −50 … −1000 and log F = 0 … −7, so e^d may underflow: then the second term is log N + d.
     d = torch.where(log_F == -torch.inf, torch.inf, log_p - log_F)
     underflow = -600.0 if d.dtype == torch.float64 else -80.0
-    some_top = torch.log(-torch.expm1(-N * torch.logaddexp(d.clamp(min=underflow), torch.zeros_like(d))))
-    return N * log_sum + torch.where(d < underflow, torch.log(N) + d, some_top)
+    log_not_all_below = torch.log(-torch.expm1(-N * torch.logaddexp(d.clamp(min=underflow), torch.zeros_like(d))))
+    return N * log_sum + torch.where(d < underflow, torch.log(N) + d, log_not_all_below)
 
 
 def bon_kl(N):
@@ -179,13 +181,15 @@ OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
 
 
 def vbon_reward(log_F, log_p, N, objective="vbon"):
-    """The terminal reward of a response in nats, divided by N. The per-token KL coefficient that goes with it is 1/N.
+    """What a response earns at its end, in nats. With a KL penalty of 1/N on every token it makes PPO maximize the objective:
 
-      "vbon"    log π_bon(y) − log p          the objective itself, −KL(π_θ ‖ π_bon)     (Eq. 5)
-      "bound"   (N−1) log F                   lower bound L                              (Thm. 2, Eq. 8)
-      "bound1"  γ log F + (β−1) log p         lower bound L1, γ = N(N−1)/2, β = N(N+1)/2 (Thm. 3, Eq. 16)
-    All three are maximized as E[reward] − KL(π_θ ‖ π_ref); the division by N leaves the optimum alone and keeps rewards
-    at one scale for every N. log_F, log_p as in `log_bon_pmf`. Raises ValueError for another objective.
+      −KL(π_θ ‖ π_bon) = E_{π_θ}[log π_bon(y) − log p(y)] − KL(π_θ ‖ π_ref),   p = π_ref,   all of it divided by N,
+
+    which leaves the optimum alone and keeps rewards at one scale for every N. Before the division the reward is for
+      "vbon"    log π_bon(y) − log p         the objective itself                       (Eq. 5)
+      "bound"   (N−1) log F                  a lower bound of it, L                     (Thm. 2, Eq. 8)
+      "bound1"  γ log F + (β−1) log p        a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
+    log_F, log_p as in `log_bon_pmf`. Raises ValueError for another objective.
     """
     log_F, log_p = torch.as_tensor(log_F), torch.as_tensor(log_p)
     weighted_log_F = torch.zeros_like(log_F) if N == 1 else (N - 1) / N * log_F  # at N = 1 even F = 0 has no weight
@@ -194,7 +198,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     if objective == "bound":
         return weighted_log_F + torch.zeros_like(log_p)
     if objective == "bound1":
-        return N / 2 * weighted_log_F + ((N + 1) / 2 - 1 / N) * log_p
+        return N / 2 * weighted_log_F + (N * (N + 1) / 2 - 1) / N * log_p
     raise ValueError(f"unknown objective {objective!r}: choose from vbon, bound, bound1")
 
 
@@ -586,14 +590,14 @@ def forward(lm, ids, mask, keep, cache=None):
 def sample_tokens(logits, uniforms):
     """One token per row by inverting the CDF at a uniform number: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
 
-    `torch.multinomial`, which draws V random numbers per row, takes several times as long.
+    `torch.multinomial`, which draws V random numbers per row, takes several times as long. Probabilities below 1e-38 count as 1e-38.
     """
     pi = logits.softmax(-1)
     cdf = pi.cumsum(-1)
     total = cdf[:, -1:]  # 1, up to rounding
     below = torch.nextafter(total, torch.zeros_like(total))  # u·total may round up to total, which no token reaches
     tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
-    return tokens.squeeze(1), pi.gather(1, tokens).log().squeeze(1)
+    return tokens.squeeze(1), pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log().squeeze(1)  # a GPU's sum may step on π = 0
 
 
 @torch.no_grad()
@@ -607,20 +611,20 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
-    ids, mask = pad(prompts, eos, "left", device)
+    ids, attention = pad(prompts, eos, "left", device)
     kv = DynamicCache(config=lm.config)
     kv.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in kv.layers]
-    logits, hidden = forward(lm, ids, mask, 1, kv)
+    logits, hidden = forward(lm, ids, attention, 1, kv)
     if copies > 1:
         kv.batch_repeat_interleave(copies)
-        mask, logits, hidden = (x.repeat_interleave(copies, 0) for x in (mask, logits, hidden))
+        attention, logits, hidden = (x.repeat_interleave(copies, 0) for x in (attention, logits, hidden))
     tokens = torch.full((B, T), eos, device=device)
-    done = torch.zeros(B, T, dtype=torch.bool, device=device)
+    mask = torch.zeros(B, T, dtype=torch.bool, device=device)
     log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
     rows = torch.arange(B, device=device)  # which responses are still growing
     for t in range(T):
         token, log_prob = sample_tokens(logits[:, -1] if temperature == 1 else logits[:, -1] / temperature, uniforms[rows, t])
-        tokens[rows, t], log_probs[rows, t], done[rows, t] = token, log_prob, True
+        tokens[rows, t], log_probs[rows, t], mask[rows, t] = token, log_prob, True
         if value_head is not None:
             values[rows, t] = value_head(hidden[:, -1]).squeeze(-1)
         if t + 1 == T:
@@ -630,10 +634,10 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
             if len(alive) == 0:
                 break
             kv.batch_select_indices(alive)
-            rows, token, mask = rows[alive], token[alive], mask[alive]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits, hidden = forward(lm, token.unsqueeze(1), mask, 1, kv)
-    return tokens, done, log_probs, values
+            rows, token, attention = rows[alive], token[alive], attention[alive]
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+        logits, hidden = forward(lm, token.unsqueeze(1), attention, 1, kv)
+    return tokens, mask, log_probs, values
 
 
 # ======================================================================================================================
@@ -794,7 +798,7 @@ def whole_trunk(stored, mask):
 def top_layers(lm, K, trunk):
     """While in force, `forward` runs only the top K layers of lm, on stored trunk activations.
 
-    The frozen trunk gives the same activations in each of PPO's epochs and to π_ref, so it is run once, while decoding. The
+    The frozen trunk gives the same activations to π_ref and in each of PPO's epochs, so it need run only once. The
     model's own code still makes masks and positions; just its list of layers is cut short and fed by the hook.
     """
     owner, name = transformer_layers(lm)
@@ -821,16 +825,19 @@ def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, ar
     # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
     prompt_ids = [task.encode(p) for p in prompts]
     uniforms = torch.rand(B, T, generator=generator, device=device)
-    with autocast(args, device), trunk_output(policy, K) if K > 0 else nullcontext() as stored:
+    keep_trunk = trunk_output(policy, K) if K > 0 else nullcontext()
+    with autocast(args, device), keep_trunk as stored:
         tokens, mask, old_log_probs, old_values = generate(
             policy, prompt_ids[mine], uniforms[mine], task.tokenizer.eos_token_id, args.temperature, value_head)
     responses = decode(task, prompts[mine], token_lists(tokens, mask))
     clock.append(time.perf_counter())
 
-    # π_ref's log-probs of the same tokens. A trunk that is shared has seen them all while decoding: what it gave serves π_ref and the updates.
+    # π_ref's log-probs of the same tokens. Policy and π_ref share all layers below the top K, and decoding has just run them on every
+    # token: what came out serves here and in the updates.
     left, left_mask = pad(prompt_ids[mine], task.tokenizer.eos_token_id, "left", device)
     ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)  # nothing follows the last token
     trunk = whole_trunk(stored, mask) if K > 0 else None
+    del stored
     ref_log_probs = torch.empty_like(old_log_probs)
     with torch.no_grad(), autocast(args, device):
         for rows in torch.arange(len(ids), device=device).split(args.minibatch):
@@ -1046,7 +1053,7 @@ def load(what, loader, name, **kwargs):
 
 
 def with_fused_gelu(model):
-    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise products and sums, each of which reads and
+    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise operations, each of which reads and
     writes the whole tensor: with those an update takes a fifth longer."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -1211,7 +1218,7 @@ def reference_samples(task, args, device, keep_tokens=False):
     header = {"vbon_samples": 3, "task": args.task, "ref": fingerprint(task.ref),
               "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
               "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-              "data_seed": args.data_seed}
+              "dtype": args.dtype, "data_seed": args.data_seed}
     path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
     M = 0 if args.objective == "rlhf" else args.M
     wanted = {("train", p): M for p in task.train_prompts} | {("test", p): args.test_M for p in task.test_prompts}
@@ -1533,8 +1540,9 @@ def add_up(tensors):
 
 
 def begin(args):
-    """The device, the task and, for the toy, its exact world, with the table's head printed."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: a tenth of an update would go into mapping its large tensors in pages of 4 KB
+    """The device and the task."""
+    # On Linux a tenth of an update would go into mapping its large tensors in pages of 4 KB. (torch reads this once, at its first tensor.)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
     logging.disable_progress_bar()
@@ -1552,7 +1560,7 @@ def open_run(args, task):
         with open(f"{args.out}/config.json", encoding="utf-8") as file:
             started = json.load(file)
         for name, value in asdict(args).items():
-            if name not in PLACES and started.get(name) != value:
+            if (name not in PLACES or name == "samples") and started.get(name) != value:
                 raise UserError(f"--resume: {args.out} was started with {name} = {started.get(name)!r}, not {value!r}")
     os.makedirs(args.out, exist_ok=True)
     for name in ("result.json", "samples.jsonl") + (() if args.resume else ("checkpoint.pt",)):

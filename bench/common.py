@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as vbon.begin does, but before there are any models
+
 import torch
 
 import vbon
