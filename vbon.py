@@ -626,7 +626,7 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
         token, log_prob = sample_tokens(logits[:, -1] if temperature == 1 else logits[:, -1] / temperature, uniforms[rows, t])
         tokens[rows, t], log_probs[rows, t], mask[rows, t] = token, log_prob, True
         if value_head is not None:
-            values[rows, t] = value_head(hidden[:, -1]).squeeze(-1)
+            values[rows, t] = value_head(hidden[:, -1]).squeeze(-1).float()
         if t + 1 == T:
             break
         alive = (token != eos).nonzero().squeeze(1)
