@@ -198,7 +198,7 @@ def read_args(run, **changes):
     """The run's settings, as an Args of the script that made it."""
     kind = bon_baselines.Args if run["config"]["objective"] in bon_baselines.METHODS else vbon.Args
     try:
-        return kind(**run["config"] | changes | {"overwrite": True})
+        return kind(**run["config"] | changes | {"overwrite": True, "resume": False})
     except TypeError as error:
         raise UserError(f"{run['folder']}/config.json is of another version: {error}") from None
 

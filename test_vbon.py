@@ -561,6 +561,8 @@ sys.exit({script.__name__}.main(sys.argv[1:]))
     assert process.wait() == -9 and Path("killed/checkpoint.pt").exists() and not Path("killed/result.json").exists()
     assert script.main([*flags, "--out", "killed", "--resume", "--lr", "0.01"]) == 2
     assert "lr = 0.001, not 0.01" in capsys.readouterr().err
+    assert script.main([*flags, "--out", "killed", "--resume", "--samples", "other.jsonl"]) == 2
+    assert "samples = None, not 'other.jsonl'" in capsys.readouterr().err and not Path("other.jsonl").exists()
     if script is vbon:  # by a process that knows nothing of the first one
         resumed = command(*flags, "--out", "killed", "--resume", cwd=tmp_path)
         assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
@@ -901,7 +903,7 @@ vbon.main(sys.argv[1:])""", *flags, "--samples", "killed.jsonl", "--out", "b"], 
 def test_two_runs_on_one_file_take_turns(pieces, tmp_path):
     flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 300, "--train-prompts", 16, "--samples", "s.jsonl"]]
     runs = [subprocess.Popen([sys.executable, str(HERE / "vbon.py"), *flags, "--out", f"r{i}"], cwd=tmp_path, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
     outputs = [run.communicate() for run in runs]
     assert all(run.returncode == 0 for run in runs), outputs
     lines = [json.loads(line) for line in open(tmp_path / "s.jsonl")][1:]
@@ -956,8 +958,9 @@ def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch, capsys):
         assert "samples of 6 of the 6 training prompts taken over" in capsys.readouterr().out
         assert Path("b/policy/model.safetensors").read_bytes() == policy  # the same F, and so the same run
     Path("bad.jsonl").write_text('{"prompt": "x", "text": "y", "reward": 1}\n{"prompt": "x", "text": "y", "reward": NaN}\n')
-    assert vbon.main([*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c"]) == 2
-    assert "bad.jsonl, line 2" in capsys.readouterr().err.strip().splitlines()[-1] and not Path("new.jsonl").exists()
+    code = vbon.main([*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c"])
+    refused(types.SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), "bad.jsonl, line 2")
+    assert not Path("new.jsonl").exists()
 
 
 def torchrun(*argv, cwd, script=HERE / "vbon.py", **environment):
@@ -1320,11 +1323,13 @@ def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     stamps = {path: path.stat().st_mtime for path in Path("sweeps").rglob("result.json")}
     assert len(stamps) == 2
     capsys.readouterr()
+    removed = next(iter(stamps))
+    removed.unlink()
     monkeypatch.setitem(evaluate.SWEEPS, "small", {"vbon": ("N", [2, 4], 1), "bound": ("beta", [1 / 3], 1), "bon-sft": ("N", [40], 1)})
     assert evaluate.main(argv) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("vBoN, N = 2", "vBoN, N = 4", "L bound, N = 4", "BoN-SFT, N = 40, M = 400", "figures/toy-bound.png"))
-    assert all(path.stat().st_mtime == stamp for path, stamp in stamps.items()) and len(list(Path("sweeps").rglob("result.json"))) == 4
+    assert all((path.stat().st_mtime == stamp) == (path != removed) for path, stamp in stamps.items()) and len(list(Path("sweeps").rglob("result.json"))) == 4
     capsys.readouterr()
     assert evaluate.main([*argv, "--clip", "0.5"]) == 2  # what is there was made otherwise
     assert "trained with other clip" in capsys.readouterr().err

@@ -305,6 +305,12 @@ class Args:
         self.check()
         if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
             raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
+        if self.resume and os.path.exists(f"{self.out}/checkpoint.pt"):
+            with open(f"{self.out}/config.json", encoding="utf-8") as file:
+                started = json.load(file)
+            for name, value in asdict(self).items():
+                if (name not in PLACES or name == "samples") and started.get(name) != value:
+                    raise UserError(f"--resume: {self.out} was started with {name} = {started.get(name)!r}, not {value!r}")
 
     def check(self):
         """What must hold between the flags of this script, and the defaults that follow from others."""
@@ -323,7 +329,7 @@ class Args:
             self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
 
-PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every", "import_samples", "backend", "sample_batch")  # what a run's numbers do not depend on
+PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every", "import_samples", "backend", "sample_batch")  # where and how a run is made, not what
 
 
 # ======================================================================================================================
@@ -1054,7 +1060,7 @@ def load(what, loader, name, **kwargs):
 
 def with_fused_gelu(model):
     """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise operations, each of which reads and
-    writes the whole tensor: with those an update takes a fifth longer."""
+    writes the whole tensor and, in training, keeps it for the backward pass."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":  # ½x(1 + tanh(√(2/π)(x + 0.044715x³))), the same function
@@ -1541,7 +1547,7 @@ def add_up(tensors):
 
 def begin(args):
     """The device and the task."""
-    # On Linux a tenth of an update would go into mapping its large tensors in pages of 4 KB. (torch reads this once, at its first tensor.)
+    # Large tensors in pages of 2 MB (Linux): mapping a B×T×V tensor in pages of 4 KB takes time that shows. torch reads this at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
@@ -1556,12 +1562,6 @@ def begin(args):
 
 def open_run(args, task):
     """Called once the input is known to be good: makes the run's folder; for the toy computes its exact world and prints it."""
-    if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
-        with open(f"{args.out}/config.json", encoding="utf-8") as file:
-            started = json.load(file)
-        for name, value in asdict(args).items():
-            if (name not in PLACES or name == "samples") and started.get(name) != value:
-                raise UserError(f"--resume: {args.out} was started with {name} = {started.get(name)!r}, not {value!r}")
     os.makedirs(args.out, exist_ok=True)
     for name in ("result.json", "samples.jsonl") + (() if args.resume else ("checkpoint.pt",)):
         if rank() == 0 and os.path.exists(f"{args.out}/{name}"):
