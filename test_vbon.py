@@ -1,7 +1,8 @@
 """Tests of vbon.py, bon_baselines.py and evaluate.py:  python -m pytest test_vbon.py
 
-The mathematics is held against brute force, 50-digit arithmetic and simulation; the training code against the library's
-forward passes and hand-worked cases; the command line as a user would call it, offline, on small models made here.
+The mathematics is held against brute force, 50-digit arithmetic and simulation; the training code against the
+library's forward passes and hand-worked cases; the command line as a user would call it, offline, on small models
+made here.
 """
 import contextlib
 import importlib.util
@@ -14,7 +15,9 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import types
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: a test must not wait for a hub
@@ -30,7 +33,20 @@ import vbon
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
-DEVICE = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def doubles(*rows):
+    """Tensors of float64."""
+    tensors = [torch.tensor(row, dtype=torch.double) for row in rows]
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
+def close(a, b, atol=1e-12, rtol=1e-12):
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 
 def random_world(S, seed, concentration=1.0):
@@ -39,7 +55,7 @@ def random_world(S, seed, concentration=1.0):
     return p, (p.cumsum(0) - p).clamp(min=0)
 
 
-# --- the PMF ----------------------------------------------------------------------------------------------------------
+# --- the PMF ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])
@@ -48,12 +64,13 @@ def test_pmf_is_the_frequency_of_all_N_tuples(N):
     expected = torch.zeros(5, dtype=torch.double)
     for draws in itertools.product(range(5), repeat=N):
         expected[max(draws)] += math.prod(p[i].item() for i in draws)
-    torch.testing.assert_close(vbon.log_bon_pmf(F.log(), p.log(), N).exp(), expected, rtol=1e-12, atol=1e-14)
+    close(vbon.log_bon_pmf(F.log(), p.log(), N).exp(), expected)
 
 
 def exact_log_pmf(log_F, log_p, N):
     with mpmath.workdps(60):
-        F, p, N = mpmath.exp(mpmath.mpf(log_F)) if log_F > -math.inf else mpmath.mpf(0), mpmath.exp(mpmath.mpf(log_p)), mpmath.mpf(N)
+        F = mpmath.exp(mpmath.mpf(log_F)) if log_F > -math.inf else mpmath.mpf(0)
+        p, N = mpmath.exp(mpmath.mpf(log_p)), mpmath.mpf(N)
         if F == 0:
             return N * mpmath.mpf(log_p)
         return N * mpmath.log(F + p) + mpmath.log(-mpmath.expm1(N * mpmath.log1p(-p / (F + p))))
@@ -67,33 +84,39 @@ def pmf_cases():
                 yield log_F, log_p, N
     for _ in range(1500):  # F + p near 1, where N log(F+p) is a large number times a small one
         F = rng.uniform(0.001, 0.999)
-        yield math.log(F), math.log((1 - F) * (1 - rng.random() * 10.0 ** rng.uniform(-9, 0))), float(10 ** rng.uniform(0, 6))
+        p = (1 - F) * (1 - rng.random() * 10.0 ** rng.uniform(-9, 0))
+        yield math.log(F), math.log(p), float(10 ** rng.uniform(0, 6))
 
 
 def test_pmf_agrees_with_50_digit_arithmetic():
-    for log_F, log_p, N in pmf_cases():
-        value = vbon.log_bon_pmf(torch.tensor(log_F, dtype=torch.double), torch.tensor(log_p, dtype=torch.double), N).item()
-        expected = exact_log_pmf(log_F, log_p, N)
-        assert abs(value - expected) <= 1e-10 * max(1, abs(expected)), (log_F, log_p, N, value, float(expected))
+    for case in pmf_cases():
+        value, expected = vbon.log_bon_pmf(*doubles(*case)).item(), exact_log_pmf(*case)
+        assert abs(value - expected) <= 1e-10 * max(1, abs(expected)), (case, value, float(expected))
 
 
 def test_pmf_gradients_are_right_and_finite_where_the_value_is():
     for log_F, log_p, N in itertools.islice(pmf_cases(), 0, 384):
-        x = torch.tensor([log_F, log_p], dtype=torch.double, requires_grad=True)
+        x = doubles([log_F, log_p]).requires_grad_()
         value = vbon.log_bon_pmf(x[0], x[1], N)
         value.backward()
         assert value.isfinite() and x.grad.isfinite().all(), (log_F, log_p, N, x.grad)
-    inputs = [torch.tensor([-1.2, -0.3, -5.0], dtype=torch.double, requires_grad=True),
-              torch.tensor([-0.9, -2.0, -3.0], dtype=torch.double, requires_grad=True)]
+    inputs = [x.requires_grad_() for x in doubles([-1.2, -0.3, -5.0], [-0.9, -2.0, -3.0])]
     assert torch.autograd.gradcheck(lambda a, b: vbon.log_bon_pmf(a, b, 7.5), inputs)
 
 
-def test_pmf_has_no_nan_and_keeps_its_dtype():
+def test_pmf_has_no_nan_broadcasts_and_keeps_its_dtype():
     inf = math.inf
     values = vbon.log_bon_pmf(torch.tensor([-inf, -inf, -1.0, 0.0]), torch.tensor([-inf, 0.0, -inf, -inf]), 16)
-    assert values.tolist() == [-inf, 0.0, -inf, -inf]
-    assert values.dtype == torch.float32
-    assert vbon.log_bon_pmf(torch.zeros(2, 1).double(), torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])).shape == (2, 3)
+    assert values.tolist() == [-inf, 0.0, -inf, -inf] and values.dtype == torch.float32
+    N = torch.tensor([1.0, 2.0, 3.0])
+    assert vbon.log_bon_pmf(torch.zeros(2, 1).double(), torch.zeros(3), N).shape == (2, 3)
+    expected = exact_log_pmf(-1, -2, 3)
+    assert vbon.log_bon_pmf(-1, -2, 3).item() == vbon.log_bon_pmf(-1.0, -2.0, 3.0).item() == pytest.approx(expected)
+    for dtype, digits in ((torch.half, 2e-3), (torch.bfloat16, 2e-2)):  # neither overflows on the way nor loses log p
+        log_F, log_p = (x.to(dtype) for x in doubles([-1e-3, -0.5, -7.0], [-180.0, -60.0, -11.0]))
+        values = vbon.log_bon_pmf(log_F, log_p, 16)
+        close(values.double(), vbon.log_bon_pmf(log_F.double(), log_p.double(), 16), rtol=digits)
+        assert values.dtype == dtype
 
 
 @pytest.mark.parametrize("N", [1, 2, 16, 512.5])
@@ -107,7 +130,7 @@ def test_pmf_sums_to_one_with_and_without_ties(N, tied):
     log_pmf = vbon.log_bon_pmf(F.clamp(min=0).log(), p.log(), N)
     assert abs(log_pmf.exp().sum().item() - 1) < 1e-12
     if N == 1:
-        torch.testing.assert_close(log_pmf, p.log(), rtol=1e-12, atol=1e-12)
+        close(log_pmf, p.log())
 
 
 def test_pmf_is_what_best_of_N_does():
@@ -138,7 +161,7 @@ def test_objectives_are_ordered_and_their_rewards_are_the_objectives():
         F = F.clamp(min=1e-9)  # log F = −inf makes every bound −inf
         pi, _ = random_world(30, 100 + seed)
         kl, entropy = (pi * (pi / p).log()).sum(), -(pi * pi.log()).sum()
-        for N in (2, 16, 100):
+        for N in (2, 16, doubles(100)):
             alpha, beta, gamma = (N + 2) * (N - 1) / 2, N * (N + 1) / 2, N * (N - 1) / 2
             J = (pi * vbon.log_bon_pmf(F.log(), p.log(), N)).sum() + entropy
             L = (N - 1) * (pi * F.log()).sum() - kl
@@ -146,42 +169,57 @@ def test_objectives_are_ordered_and_their_rewards_are_the_objectives():
             assert J >= L - 1e-9 and L >= L1 - 1e-9
             for objective, value in (("vbon", J), ("bound", L), ("bound1", L1)):
                 reward = vbon.vbon_reward(F.log(), p.log(), N, objective)
-                torch.testing.assert_close(N * (pi * reward).sum() - kl, value, rtol=1e-9, atol=1e-9)
+                close(N * (pi * reward).sum() - kl, value, atol=1e-9, rtol=1e-9)
 
 
-def test_rewards_vanish_at_N_1():
-    log_F, log_p = torch.tensor([-math.inf, -1.0]).double(), torch.tensor([-3.0, -2.0]).double()
+def test_rewards_vanish_at_N_1_and_there_is_none_below():
+    log_F, log_p = doubles([-math.inf, -1.0], [-3.0, -2.0])
     for objective in ("vbon", "bound", "bound1"):
-        torch.testing.assert_close(vbon.vbon_reward(log_F, log_p, 1, objective), torch.zeros(2).double(), atol=1e-12, rtol=0)
+        close(vbon.vbon_reward(log_F, log_p, 1, objective), torch.zeros(2).double())
+        for N in (0.5, -3, torch.tensor([2.0, 0.99])):
+            with pytest.raises(ValueError, match="at least 1"):
+                vbon.vbon_reward(log_F, log_p, N, objective)
+    with pytest.raises(ValueError, match="bound1"):
+        vbon.vbon_reward(log_F, log_p, 2, "rlhf")
 
 
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
 def test_terminal_rewards_tell_responses_apart(objective):
     """Also after the clip, for log-probabilities as long responses have them."""
-    args = vbon.Args(objective=objective, out="unused")
-    rewards, _ = vbon.terminal_reward(torch.tensor([0.2, 0.5, 0.9]).double(), torch.tensor([-2.0, -1.0, -0.1]).double(),
-                                      torch.tensor([-180.0, -180.0, -180.0]).double(), args)
+    scores, log_F, log_p = doubles([0.2, 0.5, 0.9], [-2.0, -1.0, -0.1], [-180.0] * 3)
+    rewards, _ = vbon.terminal_reward(scores, log_F, log_p, vbon.Args(objective=objective, out="unused"))
     assert rewards[0] < rewards[1] < rewards[2]
 
 
-# --- log F ------------------------------------------------------------------------------------------------------------
+# --- log F --------------------------------------------------------------------------------------------------------
 
 
 def test_estimators_on_counts_done_by_hand():
     ref, rewards = torch.tensor([[1.0, 2.0, 2.0, 5.0]] * 4), torch.tensor([0.0, 2.0, 3.0, 9.0])  # k = 0, 1, 3, 4
-    log_mean = vbon.estimate_log_F(rewards, ref, "log_mean")
-    torch.testing.assert_close(log_mean.exp(), torch.tensor([0, 0.25, 0.75, 1]).double())
-    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref).exp(), torch.tensor([1, 2, 4, 5]).double() / 5)
-    harmonic = [0, 1, 1.5, 1.5 + 1 / 3, 1.5 + 1 / 3 + 1 / 4, 1.5 + 1 / 3 + 1 / 4 + 1 / 5]  # ψ(k+1) − ψ(M+2) = H_k − H_{M+1}
-    expected = torch.tensor([harmonic[k] - harmonic[5] for k in (0, 1, 3, 4)]).double()
-    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref, "posterior"), expected)
-    torch.testing.assert_close(vbon.estimate_log_F(rewards, ref[0], "posterior"), expected)  # one prompt for all
+    close(vbon.estimate_log_F(rewards, ref, "log_mean").exp(), doubles([0, 0.25, 0.75, 1]))
+    close(vbon.estimate_log_F(rewards, ref).exp(), doubles([1, 2, 4, 5]) / 5)
+    H = list(itertools.accumulate([0, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]))  # ψ(k+1) − ψ(M+2) = H_k − H_{M+1}
+    expected = doubles([H[k] - H[5] for k in (0, 1, 3, 4)])
+    close(vbon.estimate_log_F(rewards, ref, "posterior"), expected)
+    close(vbon.estimate_log_F(rewards, ref[0], "posterior"), expected)  # one prompt for all
 
 
-def test_ties_are_broken_by_the_total_order():
-    ref, ref_order = torch.tensor([1.0, 2.0, 2.0, 2.0]), torch.tensor([9, 3, 5, 7])
-    log_F = vbon.estimate_log_F(torch.tensor([2.0, 2.0, 1.0]), ref, "log_mean", torch.tensor([6, 3, 0]), ref_order)
-    torch.testing.assert_close(log_F.exp(), torch.tensor([0.75, 0.25, 0.0]).double())
+def test_a_tie_is_no_win_whatever_the_types():
+    ref = doubles([0.1, 0.1, 0.3, 0.9])
+    for rewards in ([0.1, 0.7], np.array([0.1, 0.7]), doubles([0.1, 0.7])):
+        for rows in (ref, ref.tolist(), ref.expand(2, 4)):
+            close(vbon.estimate_log_F(rewards, rows, "log_mean").exp(), doubles([0, 0.75]))
+
+
+def test_ties_are_broken_by_ranks_of_reward_and_order():
+    """A total order (App. C): the ranks of (reward, order) of a prompt's responses stand for their rewards."""
+    rng = random.Random(0)
+    ref = [(rng.randrange(4), rng.randrange(50)) for _ in range(30)]
+    ours = [(rng.randrange(4), rng.randrange(50)) for _ in range(20)]
+    rank = {pair: i for i, pair in enumerate(sorted(set(ref + ours)))}
+    log_F = vbon.estimate_log_F([rank[pair] for pair in ours], [rank[pair] for pair in ref], "log_mean")
+    close(log_F.exp(), doubles([sum(other < pair for other in ref) / 30 for pair in ours]))
+    assert not torch.equal(log_F, vbon.estimate_log_F([r for r, _ in ours], [r for r, _ in ref], "log_mean"))
 
 
 @pytest.mark.parametrize("estimator", vbon.ESTIMATORS)
@@ -193,16 +231,24 @@ def test_only_ranks_matter(estimator):
         assert torch.equal(vbon.estimate_log_F(increasing(rewards), increasing(ref), estimator), before)
 
 
+def test_estimators_refuse_what_has_no_rank():
+    for rewards, ref, estimator in (([math.nan], [1.0], "add_one"), ([1.0], [math.nan], "add_one"),
+                                    ([1.0], [], "add_one"), ([1.0], [1.0], "median")):
+        with pytest.raises(ValueError):
+            vbon.estimate_log_F(rewards, ref, estimator)
+
+
 def test_estimators_bias():
     """y ~ π_ref, so F is uniform and E[log F] = −1; and at a fixed F, where Jensen pushes the log of the mean down."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     M, n = 20, 200_000
     F, ref = torch.rand(n, generator=generator).double(), torch.rand(n, M, generator=generator).double()
     error = vbon.estimate_log_F(F, ref, "posterior") - F.log()
-    assert abs(error.mean().item()) < 4 * error.std().item() / math.sqrt(n)
+    tolerance = 4 * error.std().item() / math.sqrt(n)
+    assert abs(error.mean().item()) < tolerance
     bias = (vbon.estimate_log_F(F, ref, "add_one") - F.log()).mean().item()
     exact = sum(math.log((k + 1) / (M + 1)) for k in range(M + 1)) / (M + 1) + 1  # k is uniform on 0 … M
-    assert bias == pytest.approx(exact, abs=4 * error.std().item() / math.sqrt(n)) and bias > 0.02
+    assert bias == pytest.approx(exact, abs=tolerance) and bias > 0.02
     half = vbon.estimate_log_F(torch.full((n,), 0.5), ref, "log_mean")
     assert half.mean().item() - math.log(0.5) == pytest.approx(-1 / (2 * M), abs=0.005)  # delta method: −(1−F)/(2FM)
 
@@ -211,9 +257,9 @@ def test_estimators_bias():
 def test_floor_of_kl_with_M_samples(N, M):
     """The exact optimum of the estimated objective lies (N−1)/(4M) nats from BoN (continuous reward, u = F uniform).
 
-    Between two order statistics F̂ is constant, so π̂ ∝ F̂^(N−1) and KL(π̂ ‖ π_bon) are sums of closed-form integrals.
+    Between two order statistics F̂ is constant, so π̂ ∝ F̂^(N−1), and KL(π̂ ‖ π_bon) is a sum of closed integrals.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     kls = []
     for _ in range(200):
         u = torch.cat([torch.zeros(1), torch.rand(M, generator=generator).sort().values, torch.ones(1)]).double()
@@ -221,124 +267,150 @@ def test_floor_of_kl_with_M_samples(N, M):
         log_w = (N - 1) * vbon.estimate_log_F(middle, u[1:-1])
         log_w = log_w - torch.log((log_w.exp() * u.diff()).sum())
         integral = torch.xlogy(u, u) - u  # of log u
-        kl = (log_w.exp() * (log_w * u.diff() - math.log(N) * u.diff() - (N - 1) * integral.diff())).sum()
+        kl = (log_w.exp() * ((log_w - math.log(N)) * u.diff() - (N - 1) * integral.diff())).sum()
         kls.append(kl.item())
     assert np.mean(kls) == pytest.approx((N - 1) / (4 * M), rel=0.25)
 
 
-def test_exponential_fit_recovers_a_curve_and_is_least_squares():
-    ref = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([[1.0], [0.1], [5], [1]]) + 2
-    a, b = vbon.fit_log_F(ref)
-    assert a.shape == b.shape == (4,) and (a > 0).all() and (b > 0).all()
-    ascending = ref.sort(-1).values
-    target = torch.log(torch.arange(1, 301) / 301).double()
-
-    def error(a, b):
-        return (vbon.smooth_log_F(ascending, a.unsqueeze(1), b.unsqueeze(1)) - target).square().sum(1)
-    for da, db in itertools.product((-1e-3, 0, 1e-3), repeat=2):
-        assert (error(a, b) <= error(a * (1 + da), b * (1 + db)) + 1e-9).all()
-    levels = torch.log(torch.arange(1, 301) / 301).double()
+def test_exponential_fit_is_least_squares_up_to_the_steps_of_its_grid():
+    levels = torch.log(torch.arange(1, 301).double() / 301)
     exact = -torch.log(-levels / 0.7) / 1.3  # rewards that lie on −0.7 exp(−1.3 r) exactly
-    a, b = vbon.fit_log_F(exact)
-    assert a.item() == pytest.approx(0.7, rel=1e-5) and b.item() == pytest.approx(1.3, rel=1e-5)
+    ref = torch.randn(4, 300, generator=seeded()).double() * doubles([[1.0], [0.1], [5], [1]]) + 2
+    a, b = vbon.fit_log_F(torch.cat([ref, exact.unsqueeze(0)]))
+    assert a.shape == b.shape == (5,) and (a > 0).all()
+    for i, row in enumerate([*ref.sort(-1).values, exact]):
+        grid = torch.logspace(-2, 2, 8001, 10).double() / row.std()
+        e = torch.exp(-grid.unsqueeze(1) * (row - row[0]))
+        fits = -(e @ levels / e.square().sum(1)).unsqueeze(1) * e  # a in closed form
+        best = (fits + levels).square().sum(1).argmin()
+        assert b[i].item() == pytest.approx(grid[best].item(), rel=0.03)
+        assert (vbon.smooth_log_F(row, a[i], b[i]) + fits[best]).square().mean().sqrt() < 0.03
+    assert b[4].item() == pytest.approx(1.3, rel=0.03) and a[4].item() == pytest.approx(0.7, rel=0.03)
+    assert all(x.isfinite() for x in vbon.fit_log_F(torch.ones(5)))
+    for bad in ([1.0, 2.0], [1.0, 2.0, math.inf]):
+        with pytest.raises(ValueError, match="at least 3 finite"):
+            vbon.fit_log_F(bad)
 
 
-# --- PPO --------------------------------------------------------------------------------------------------------------
+# --- PPO ----------------------------------------------------------------------------------------------------------
 
 
 def test_gae_by_hand():
-    """γ = 0.9, λ = 0.5. δ = (1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3) = (1.8, .7, 1); A_2 = 1, A_1 = .7 + .45, A_0 = 1.8 + .45·1.15."""
-    rewards, values = torch.tensor([[1.0, 0.0, 4.0, 99.0]]), torch.tensor([[1.0, 2.0, 3.0, 77.0]])
+    """γ = .9, λ = .5: δ = (1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3) = (1.8, .7, 1); A = (1.8 + .45·1.15, .7 + .45, 1)."""
     mask = torch.tensor([[True, True, True, False]])
-    advantages, returns = vbon.gae(rewards, values, mask, 0.9, 0.5)
-    torch.testing.assert_close(advantages, torch.tensor([[2.3175, 1.15, 1.0, 0.0]]))
-    torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
+    for beyond in (99.0, math.nan):
+        rewards, values = torch.tensor([[1.0, 0.0, 4.0, beyond]]), torch.tensor([[1.0, 2.0, 3.0, beyond]])
+        advantages, returns = vbon.gae(rewards, values, mask, 0.9, 0.5)
+        torch.testing.assert_close(advantages, torch.tensor([[2.3175, 1.15, 1.0, 0.0]]))
+        torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
+        white = vbon.whiten(torch.tensor([[1.0, 4.0, 1.0, beyond]]), mask)
+        torch.testing.assert_close(white, torch.tensor([[-1.0, 2.0, -1.0, 0.0]]) / math.sqrt(2))
 
 
 def test_losses_are_clipped_and_masked():
     mask = torch.tensor([[True, True, False]])
     old, new = torch.zeros(1, 3), torch.log(torch.tensor([[1.5, 0.5, 50.0]]))
-    assert vbon.policy_loss(new, old, torch.tensor([[1.0, 1.0, 9.0]]), mask).item() == pytest.approx(-(1.2 + 0.5) / 2)
-    assert vbon.policy_loss(new, old, torch.tensor([[-1.0, -1.0, 9.0]]), mask).item() == pytest.approx((1.5 + 0.8) / 2)
-    loss = vbon.value_loss(torch.tensor([[1.0, 0.1, 9.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]]), mask)
+    for sign, expected in ((1.0, -(1.2 + 0.5) / 2), (-1.0, (1.5 + 0.8) / 2)):
+        loss = vbon.policy_loss(new, old, torch.tensor([[sign, sign, 9.0]]), mask)
+        assert loss.item() == pytest.approx(expected)
+    values, returns = torch.tensor([[1.0, 0.1, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    loss = vbon.value_loss(values, torch.zeros(1, 3), returns, mask)
     assert loss.item() == pytest.approx((0.5 * 0.8 ** 2 + 0.5 * 0.9 ** 2) / 2)
 
 
-def test_gradients_of_the_losses_against_finite_differences():
-    generator = torch.Generator().manual_seed(0)
-    new, old, weights = (torch.randn(3, 4, generator=generator).double() * 0.5 for _ in range(3))
+@pytest.mark.parametrize("loss", [vbon.policy_loss, vbon.value_loss])
+def test_gradients_of_the_losses(loss):
+    """Against finite differences; and NaN beyond the mask, in any argument, changes neither value nor gradient."""
+    new, old, third = (torch.randn(3, 4, generator=seeded(i)).double() * 0.5 for i in range(3))
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    new.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x: vbon.policy_loss(x, old, weights, mask), (new,))
-    assert torch.autograd.gradcheck(lambda x: vbon.value_loss(x, old, weights, mask), (new,))
-    vbon.policy_loss(new, old, weights, mask).backward()
-    assert (new.grad[~mask] == 0).all()
+    assert torch.autograd.gradcheck(lambda x: loss(x, old, third, mask), (new.clone().requires_grad_(),))
+    found = []
+    for beyond in (0.0, math.nan):
+        x, y, z = (torch.where(mask, t, beyond) for t in (new, old, third))
+        value = loss(x.requires_grad_(), y, z, mask)
+        value.backward()
+        found.append((value, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and (found[1][1][~mask] == 0).all()
 
 
 def test_log_probs_of_the_taken_tokens_and_their_gradient():
-    generator = torch.Generator().manual_seed(0)
-    logits, tokens = (3 * torch.randn(2, 3, 5, generator=generator)).double().requires_grad_(), torch.randint(5, (2, 3), generator=generator)
+    logits, tokens = torch.randn(2, 3, 5, generator=seeded()).double() * 3, torch.randint(5, (2, 3))
+    logits.requires_grad_()
     found = vbon.token_log_probs(logits, tokens, 0.7)
     expected = (logits / 0.7).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    weights = torch.randn(2, 3, generator=generator).double()
-    (by_hand,), (by_autograd,) = (torch.autograd.grad((weights * x).sum(), logits, retain_graph=True) for x in (found, expected))
-    torch.testing.assert_close(by_hand, by_autograd, rtol=0, atol=1e-14)
+    close(found, expected, rtol=0, atol=1e-14)
+    weights = torch.randn(2, 3, generator=seeded(1)).double()
+    by_hand, by_autograd = (torch.autograd.grad((weights * x).sum(), logits, retain_graph=True)[0]
+                            for x in (found, expected))
+    close(by_hand, by_autograd, rtol=0, atol=1e-14)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # never a wrong gradient
         torch.autograd.grad(found.sum(), logits)
 
 
-# --- models: decoding, the shared trunk -------------------------------------------------------------------------------
+# --- models: decoding, the shared trunk ---------------------------------------------------------------------------
+
+KINDS = {"GPT2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=64), "GPTNeoX": {},
+         "Llama": dict(num_key_value_heads=1), "Qwen2": dict(num_key_value_heads=1),
+         "Mistral": dict(num_key_value_heads=1, sliding_window=4), "Gemma": dict(num_key_value_heads=1, head_dim=16),
+         "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.2), "Falcon": {}, "Bloom": dict(n_layer=3, n_head=2)}
 
 
-def small_lm(kind="gpt2", seed=0):
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(seed)
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=40, max_position_embeddings=64)
-    lm = {"gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=40, n_positions=64, initializer_range=0.2)),
-          "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, initializer_range=0.2)),
-          "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, initializer_range=0.2))}[kind]()
-    return lm.eval()
+def small_lm(kind="GPT2", **changes):
+    import transformers
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=40,
+                 max_position_embeddings=64, initializer_range=0.2)
+    own = {"GPT2": ("vocab_size", "initializer_range"), "Bloom": ("vocab_size", "initializer_range", "hidden_size")}
+    settings = {k: v for k, v in sizes.items() if k in own.get(kind, sizes)} | KINDS[kind] | changes
+    config = getattr(transformers, kind + "Config")(**settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7, 8]]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
-def test_decoding_equals_the_models_own_forward_pass(kind):
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 11]]], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
     """Tokens, log-probs and values of padded, cached, shrinking batches against one unpadded pass per response."""
-    lm, eos, temperature, copies = small_lm(kind), 10, 0.8, 6
+    lm, eos, temperature, copies = small_lm(kind), 10, 0.8, 24
     head = torch.nn.Linear(32, 1)
-    uniforms = torch.rand(len(PROMPTS) * copies, 10, generator=torch.Generator().manual_seed(1))
-    tokens, mask, log_probs, values = vbon.generate(lm, PROMPTS, uniforms, eos, temperature, head)
-    assert 0 < (mask.sum(1) < 10).sum() < len(mask), "some responses should end at EOS and some at the limit"
-    for i in range(len(uniforms)):
-        response = tokens[i][mask[i]].tolist()
+    uniforms = torch.rand(len(prompts) * copies, 10, generator=seeded(1))
+    rollout = vbon.generate(lm, prompts, uniforms, eos, temperature, head)
+    lengths = rollout.mask.sum(1)
+    assert 0 < (lengths < 10).sum() < len(lengths), "some responses should end at EOS and some at the limit"
+    for i, response in enumerate(vbon.token_lists(rollout)):
         assert eos not in response[:-1] and (len(response) == 10 or response[-1] == eos)
-        prompt = PROMPTS[i // copies]
+        prompt, row = prompts[i // copies], rollout[i]
         with torch.no_grad():
             out = lm(torch.tensor([prompt + response]), output_hidden_states=True)
-        logits = out.logits[0, len(prompt) - 1:-1] / temperature
-        torch.testing.assert_close(log_probs[i][mask[i]], logits.log_softmax(-1)[range(len(response)), response], atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(values[i][mask[i]], head(out.hidden_states[-1][0, len(prompt) - 1:-1]).squeeze(-1).detach(), atol=2e-5, rtol=1e-4)
-        cdf = logits.softmax(-1).double().cumsum(-1)
+            logits, hidden = (x[0, len(prompt) - 1:-1] for x in (out.logits / temperature, out.hidden_states[-1]))
+            values = head(hidden).squeeze(-1)
+        log_pi = logits.log_softmax(-1)
+        close(row.log_probs[row.mask], log_pi[range(len(response)), response], atol=5e-5, rtol=1e-4)
+        close(row.values[row.mask], values, atol=5e-5, rtol=1e-4)
+        cdf = log_pi.exp().cumsum(-1)
         for t, token in enumerate(response):
-            assert cdf[t, token] - logits.softmax(-1)[t, token] - 1e-5 <= uniforms[i, t] <= cdf[t, token] + 1e-5
-    assert (log_probs[~mask] == 0).all() and (values[~mask] == 0).all()
+            below = cdf[t, token] - log_pi[t, token].exp()
+            assert below - 1e-5 <= uniforms[i, t] <= cdf[t, token] + 1e-5
+        together = rollout.input_ids[i][rollout.attention_mask[i].bool()].tolist()
+        assert together == prompt + response[:len(together) - len(prompt)]
+    assert (rollout.log_probs[~rollout.mask] == 0).all() and (rollout.values[~rollout.mask] == 0).all()
+    if kind != "Mistral":  # whose cache of a window stays what the library makes it
+        assert type(vbon.roomy_cache(lm).layers[0]).__name__ == "RoomyLayer"
 
 
 def test_a_response_does_not_depend_on_the_others():
-    lm, uniforms = small_lm(), torch.rand(6 * len(PROMPTS), 10, generator=torch.Generator().manual_seed(2))
-    tokens, mask, _, _ = vbon.generate(lm, PROMPTS, uniforms, 10, 1.0)
-    assert len(mask.sum(1).unique()) > 2, "responses should end at different times"
-    for i in range(len(uniforms)):
-        assert torch.equal(vbon.generate(lm, [PROMPTS[i // 6]], uniforms[i:i + 1], 10, 1.0)[0][0], tokens[i])
+    lm, uniforms = small_lm(), torch.rand(6 * len(PROMPTS), 10, generator=seeded(2))
+    rollout = vbon.generate(lm, PROMPTS, uniforms, 10, 1.0)
+    assert len(rollout.mask.sum(1).unique()) > 2, "responses should end at different times"
+    for i, tokens in enumerate(rollout.tokens):
+        assert torch.equal(vbon.generate(lm, [PROMPTS[i // 6]], uniforms[i:i + 1], 10, 1.0).tokens[0], tokens)
 
 
 def test_sampled_tokens_follow_the_distribution():
-    logits = torch.tensor([2.0, -math.inf, 0.0, 1.0, -1.0])
-    n = 200_000
-    tokens, log_probs = vbon.sample_tokens(logits.expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    logits, n = torch.tensor([2.0, -math.inf, 0.0, 1.0, -1.0]), 200_000
+    tokens, log_probs = vbon.sample_tokens(logits.expand(n, -1), torch.rand(n, generator=seeded()))
     p = logits.softmax(-1)
     frequency = tokens.bincount(minlength=5) / n
     assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / n) and frequency[1] == 0
@@ -347,308 +419,444 @@ def test_sampled_tokens_follow_the_distribution():
 
 def test_no_token_of_probability_zero_is_drawn():
     """A vocabulary of 50 000 at a low temperature, where most probabilities underflow, and the ends of [0, 1)."""
-    logits = 4 * torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0)) / 0.1
+    logits = 4 * torch.randn(64, 50_000, generator=seeded()) / 0.1
     for u in (0.0, 0.5, 1 - 2 ** -24):
         tokens, log_probs = vbon.sample_tokens(logits, torch.full((64,), u))
         assert (logits.softmax(-1).gather(1, tokens.unsqueeze(1)) > 0).all()
         exact = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(log_probs, exact.clamp(min=math.log(torch.finfo(torch.float32).tiny)), atol=1e-4, rtol=1e-5)
+        close(log_probs, exact.clamp(min=math.log(torch.finfo(torch.float32).tiny)), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_shared_trunk(kind):
-    """Top layers on stored activations give what a whole pass gives, gradients too; the trunk is shared, not copied."""
-    ref = small_lm(kind)
+    """The trunk is shared, not copied. On the activations that decoding kept of it, the top layers give what a whole
+    pass gives, gradients too, for responses of different lengths, T = 10 and T = 1."""
+    ref, prompts = small_lm(kind), PROMPTS * 24
+    if kind == "OPT":  # rounding flips its ReLUs
+        ref.double()
     policy, _ = vbon.make_policy(ref, 2)
-    trained = [n for n, p in policy.named_parameters() if p.requires_grad]
-    assert trained and not any(".0." in n for n in trained), trained
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and not any(".0." in name for name in trained), trained
     pointers = {p.data_ptr() for p in ref.parameters()}
-    for p in policy.parameters():
-        assert (p.data_ptr() in pointers) != p.requires_grad
-    ids, mask = vbon.pad([p + [3, 4, 2] for p in PROMPTS], 0, "left")
-    with torch.no_grad(), vbon.trunk_output(ref, 2) as stored:
-        ref_logits, _ = vbon.forward(ref, ids, mask, 4)
-    with torch.no_grad():
-        for p in policy.parameters():
-            if p.requires_grad:
-                p.add_(0.05 * torch.randn_like(p))
-    whole, _ = vbon.forward(policy, ids, mask, 4)
-    with vbon.top_layers(policy, 2, stored[0]):
-        short, _ = vbon.forward(policy, ids, mask, 4)
-    torch.testing.assert_close(short, whole)
-    assert not torch.allclose(whole, ref_logits, atol=1e-2)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    for g, h in zip(torch.autograd.grad(whole.square().mean(), parameters), torch.autograd.grad(short.square().mean(), parameters)):
-        torch.testing.assert_close(g, h)
-    torch.testing.assert_close(vbon.forward(ref, ids, mask, 4)[0], ref_logits)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
-def test_the_trunk_that_decoding_knew_is_that_of_a_whole_pass(kind):
-    """Responses of different lengths, T = 10 and T = 1: the top layers on decoding's trunk give the logits of a whole pass."""
-    lm, prompts, eos = small_lm(kind), PROMPTS * 4, 10
+    assert all((p.data_ptr() in pointers) != p.requires_grad for p in policy.parameters())
     for T in (10, 1):
-        uniforms = torch.rand(len(prompts), T, generator=torch.Generator().manual_seed(1))
-        with vbon.trunk_output(lm, 2) as stored:
-            tokens, mask, _, _ = vbon.generate(lm, prompts, uniforms, eos, 1.0)
-        assert T == 1 or len(mask.sum(1).unique()) > 3, "responses should end at different times"
-        left, left_mask = vbon.pad(prompts, eos, "left")
-        ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)
-        trunk = vbon.whole_trunk(stored, mask)
+        rollout = vbon.generate(ref, prompts, torch.rand(len(prompts), T, generator=seeded(1)), 10, 0.8, None, 2)
+        assert T == 1 or len(rollout.mask.sum(1).unique()) > 3, "responses should end at different times"
+        assert torch.equal(rollout[torch.tensor([3, 1])].trunk, rollout.trunk[[3, 1]])
         with torch.no_grad():
-            whole, _ = vbon.forward(lm, ids, ids_mask, T)
-            with vbon.top_layers(lm, 2, trunk):
-                short, _ = vbon.forward(lm, ids, ids_mask, T)
-        torch.testing.assert_close(short[mask], whole[mask], atol=2e-5, rtol=1e-4)
-
-
-# --- the toy ----------------------------------------------------------------------------------------------------------
-
-TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_prompts=16, max_new_tokens=3, eval_every=1, lr=1e-3)
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    os.chdir(tmp_path_factory.mktemp("toy"))
-    args = vbon.Args(**TOY, out="one")
-    result = vbon.train(args)
-    vbon.train(vbon.Args(**TOY, out="two"))
-    vbon.train(vbon.Args(**TOY, out="three", seed=1))
-    return args, result, vbon.toy_task(args, DEVICE), Path.cwd()
-
-
-def test_toy_is_enumerated_exactly(toy):
-    args, _, task, _ = toy
-    world = vbon.exact_world(task, args)
-    assert len(world["responses"]) == len(set(world["responses"])) == 1 + 18 + 18 ** 2 + 18 ** 3
-    torch.testing.assert_close(world["log_ref"].exp().sum(1), torch.ones(4).double(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(world["log_bon"].exp().sum(1), torch.ones(4).double(), atol=1e-4, rtol=0)
-    prompt = task.tokenizer.encode("the plot was")
-    for response in ("superb", "very dull", "slow but moving"):  # the last is cut off by the limit of 3 tokens
-        ids = torch.tensor([prompt + task.tokenizer.encode(response + (" ." if response.count(" ") < 2 else ""))])
+            by_ref = vbon.response_log_probs(ref, rollout, 0.8, 2)[0]
+        close(by_ref[rollout.mask], rollout.log_probs[rollout.mask], atol=5e-5, rtol=1e-4)
         with torch.no_grad():
-            log_probs = task.ref(ids).logits[0].log_softmax(-1)
-        expected = sum(log_probs[t - 1, ids[0, t]].item() for t in range(3, ids.shape[1]))
-        assert world["log_ref"][2, world["responses"].index(response)].item() == pytest.approx(expected, abs=1e-4)
-    start = vbon.exact_metrics(world["log_ref"], world)
-    assert start["exact/kl_to_ref"] == 0 and start["exact/win_rate"] == pytest.approx(0.5, abs=1e-4)
-    assert start["exact/kl_to_bon"] > 10
-    assert vbon.exact_metrics(world["log_bon"], world)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
+            for p in trained.values():
+                p.add_(0.05 * torch.randn(p.shape, generator=seeded(2)))
+        whole, short = (vbon.response_log_probs(policy, r, 0.8, 2)[0] for r in (replace(rollout, trunk=None), rollout))
+        close(short[rollout.mask], whole[rollout.mask], atol=5e-5, rtol=1e-4)
+        assert not torch.allclose(whole[rollout.mask], by_ref[rollout.mask], atol=1e-2)
+        gradients = (torch.autograd.grad(torch.where(rollout.mask, x, 0).square().mean(), trained.values())
+                     for x in (whole, short))
+        for g, h in zip(*gradients):
+            close(g, h, atol=1e-6, rtol=1e-5)
+        with torch.no_grad():  # the layers are all back in their place
+            whole = vbon.response_log_probs(ref, replace(rollout, trunk=None), 0.8)
+            close(whole[0][rollout.mask], by_ref[rollout.mask], atol=5e-5, rtol=1e-4)
+            assert whole[2] is None
 
 
-def test_warmth():
-    assert vbon.warmth("superb") > vbon.warmth("moving") > 0 > vbon.warmth("dull") > vbon.warmth("awful")
-    assert vbon.warmth("very superb") > vbon.warmth("superb") > 0 > vbon.warmth("not superb")
-    assert vbon.warmth("slow but superb") > vbon.warmth("superb but slow")
+# --- running the scripts ------------------------------------------------------------------------------------------
 
 
-def test_toy_run_files(toy):
-    args, result, task, folder = toy
-    metrics = [json.loads(line) for line in open(folder / "one/metrics.jsonl")]
-    assert [m["episode"] for m in metrics] == [128, 256]
-    assert {k.split("/")[0] for k in metrics[0]} == {"episode", "objective", "ppo", "time", "exact"}
-    saved = json.load(open(folder / "one/result.json"))
-    assert saved == result and {"reward", "reward_se", "win_rate", "win_rate_se", "kl_to_ref", "kl_to_ref_se",
-                                "exact/kl_to_bon", "exact/kl_to_ref", "exact/reward", "exact/win_rate"} <= set(saved)
-    assert saved["exact/kl_to_bon"] == metrics[-1]["exact/kl_to_bon"]
-    samples = [json.loads(line) for line in open(folder / "one/samples.jsonl")]
-    assert len(samples) == 16 and np.mean([s["reward"] for s in samples]) == pytest.approx(saved["reward"])
-    assert all(s["reward"] == vbon.warmth(s["response"]) for s in samples)
-    assert json.load(open(folder / "one/config.json"))["N"] == 16
+def flags(settings=(), *more, **changes):
+    """A command line of these settings, flags and changes."""
+    pairs = (dict(settings) | changes).items()
+    return [*(str(x) for name, value in pairs for x in ("--" + name.replace("_", "-"), value)), *map(str, more)]
 
 
-def test_same_seed_same_run_and_saved_policy(toy):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    _, _, task, folder = toy
-
-    def without_times(run):
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(folder / run / "metrics.jsonl")]
-    assert without_times("one") == without_times("two") != without_times("three")
-    one, two = (AutoModelForCausalLM.from_pretrained(folder / run / "policy") for run in ("one", "two"))
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
-    assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), task.ref.parameters()))
-    prompt = AutoTokenizer.from_pretrained(folder / "one/policy").encode("the plot was")
-    args = vbon.Args(**TOY, out="new")
-    world = vbon.exact_world(task, args)
-    log_pi = torch.stack([vbon.enumerate_log_p(one, p, args) for p in world["prompts"]])
-    assert prompt == world["prompts"][2]
-    saved = json.load(open(folder / "one/result.json"))["exact/kl_to_bon"]
-    assert vbon.exact_metrics(log_pi, world)["exact/kl_to_bon"] == pytest.approx(saved, abs=1e-5)
-
-
-def test_toy_learns_to_be_its_own_best_of_4(toy):
-    os.chdir(toy[3])
-    result = vbon.train(vbon.Args(N=4, episodes=20480, rollouts=1024, test_prompts=64, test_M=100, out="learns"))
-    assert result["exact/kl_to_bon"] < 0.1  # from 1.6
-    assert result["exact/win_rate"] == pytest.approx(0.8, abs=0.05)
-
-
-def test_killed_sampling_resumes_and_larger_M_extends(toy, tmp_path, monkeypatch):
-    args, _, task, _ = toy
-    monkeypatch.chdir(tmp_path)
-    whole = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "whole.jsonl"}), DEVICE, keep_tokens=True)
-    content = Path("whole.jsonl").read_bytes()
-    for cut in (0, 10, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
-        Path("cut.jsonl").write_bytes(content[:cut])
-        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl"}), DEVICE)
-        assert Path("cut.jsonl").read_bytes() == content
-    more = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE, keep_tokens=True)
-    for (split, prompt), (rewards, tokens) in whole.items():
-        assert torch.equal(more[split, prompt][0][:len(rewards)], rewards) and more[split, prompt][1][:len(tokens)] == tokens
-        assert len(more[split, prompt][0]) == len(more[split, prompt][1]) == (50 if split == "train" else 20)
-    again = vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "cut.jsonl", "M": 50}), DEVICE)
-    assert all(torch.equal(again[key], rewards.sort().values) for key, (rewards, _) in more.items())
-
-
-def test_samples_of_other_settings_or_damaged_are_refused(toy, tmp_path, monkeypatch):
-    args, _, task, _ = toy
-    monkeypatch.chdir(tmp_path)
-    vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
-    with pytest.raises(vbon.UserError, match="temperature = 1.0, this run has 0.5"):
-        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl", "temperature": 0.5}), DEVICE)
-    lines = Path("s.jsonl").read_text().splitlines()
-    foreign = "a note of mine\nthat is no file of samples"  # refused, and left as it is
-    Path("note.jsonl").write_text(foreign)
-    with pytest.raises(vbon.UserError, match="line 1 is damaged"):
-        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
-    assert Path("note.jsonl").read_text() == foreign
-    Path("note.jsonl").write_text("one line")
-    with pytest.raises(vbon.UserError, match="not a file of samples"):
-        vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "note.jsonl"}), DEVICE)
-    assert Path("note.jsonl").read_text() == "one line"
-    for bad in ("not json", '{"split": "train"}', lines[1], lines[1].replace('"rewards": [', '"rewards": [NaN, ')):
-        Path("s.jsonl").write_text("\n".join(lines[:2] + [bad]) + "\n")
-        with pytest.raises(vbon.UserError, match="line 3 is damaged"):
-            vbon.reference_samples(task, vbon.Args(**TOY | {"samples": "s.jsonl"}), DEVICE)
-
-
-def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path, monkeypatch):
-    args, _, task, _ = toy
-    monkeypatch.chdir(tmp_path)
-    broken = vbon.Task(task.ref, task.tokenizer, lambda prompts, responses: [math.nan] * len(responses), task.encode,
-                       task.train_prompts, task.test_prompts, "nan")
-    with pytest.raises(vbon.UserError, match="nan for the prompt 'the acting was' with the response '"):
-        vbon.reference_samples(broken, args, DEVICE)
-    assert not list(tmp_path.rglob("*.jsonl"))
-
-
-def weights(run, file="policy/model.safetensors"):
-    from safetensors.torch import load_file
-    return load_file(f"{run}/{file}")
-
-
-@pytest.mark.parametrize("script, argv, episodes", [(vbon, [], 1024), (bon_baselines, ["bonbon", "--N", "4"], 4096)])
-def test_a_killed_run_resumes_to_the_same_weights(script, argv, episodes, tmp_path, monkeypatch, capsys):
-    """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that was never killed."""
-    monkeypatch.chdir(tmp_path)
-    flags = [*argv, *(str(x) for k, v in (TOY | {"episodes": episodes, "save_every": 2, "eval_every": 4}).items() for x in ("--" + k.replace("_", "-"), v))]
-    (tmp_path / "killed.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import vbon
-replace, count = os.replace, [0]
-def killed(source, target):
-    count[0] += target.endswith("checkpoint.pt")
-    if count[0] == 2:
-        os.kill(os.getpid(), 9)
-    replace(source, target)
-os.replace = killed
-import {script.__name__}
-sys.exit({script.__name__}.main(sys.argv[1:]))
-""")
-    process = subprocess.Popen([sys.executable, "killed.py", *flags, "--out", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert script.main([*flags, "--out", "whole", "--samples", "whole.jsonl"]) == 0
-    assert process.wait() == -9 and Path("killed/checkpoint.pt").exists() and not Path("killed/result.json").exists()
-    assert script.main([*flags, "--out", "killed", "--resume", "--lr", "0.01"]) == 2
-    assert "lr = 0.001, not 0.01" in capsys.readouterr().err
-    assert script.main([*flags, "--out", "killed", "--resume", "--samples", "other.jsonl"]) == 2
-    assert "samples = None, not 'other.jsonl'" in capsys.readouterr().err and not Path("other.jsonl").exists()
-    if script is vbon:  # by a process that knows nothing of the first one
-        resumed = command(*flags, "--out", "killed", "--resume", cwd=tmp_path)
-        assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
-    else:
-        assert script.main([*flags, "--out", "killed", "--resume"]) == 0 and "resumed from" in capsys.readouterr().out
-
-    def without_times(run):
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(f"{run}/metrics.jsonl")]
-    one, two = weights("whole"), weights("killed")
-    assert all(torch.equal(one[name], two[name]) for name in one) and without_times("whole")[-1]["episode"] == episodes
-    assert without_times("whole") == without_times("killed")
-    assert not Path("killed/checkpoint.pt").exists()
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
+def call(*argv, script=vbon):
+    """The script's main in this process: its exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main([str(a) for a in argv])
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def command(*argv, cwd, script="vbon.py", **environment):
-    return subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | environment, timeout=600)
+    """The same in a process of its own."""
+    environment = os.environ | {"PYTHONUTF8": "1"} | environment
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=cwd, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL, env=environment, timeout=600)
 
 
-def refused(result, *words):
-    """Exit code 2 and one line on stderr, after any progress bar, that has these words; no trace."""
+def succeeded(result):
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refused(result, *words, script="vbon.py"):
+    """Exit code 2 and one line on stderr, after any progress bar, that has these words."""
     assert result.returncode == 2, result.stderr
     line = result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr and line.startswith("vbon.py: ") and all(w in line for w in words), result.stderr
+    assert line.startswith(script + ": ") and all(str(w) in line for w in words), result.stderr
+    assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["--N", "0"], "--N"), (["--N", "many"], "--N"), (["--N", "nan"], "--N"), (["--N", "inf"], "--N"), (["--M", "0"], "--M"),
-    (["--task", "chess"], "toy"), (["--objective", "sft"], "bound1"), (["--estimator", "mean"], "log_mean"), (["--temperature", "0"], "--temperature"),
-    (["--objective", "rlhf", "--N", "1"], "--beta"), (["--ref", "gpt2"], "--task imdb"), (["--minibatch", "4096"], "--rollouts"),
-    (["--unfrozen-layers", "7"], "2 layers"), (["--device", "cuda:7"], "cuda:7"), (["--nonsense"], "--nonsense")])
-def test_bad_flags(argv, word, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            assert vbon.main(argv) == 2
-    line = error.getvalue().strip().splitlines()[-1]
-    assert line.startswith("vbon.py: ") and word in line and not os.listdir(tmp_path)
+def launcher(path, patch, script="vbon"):
+    """A file that runs a script after some lines of Python."""
+    path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport vbon, {script}\n{patch}\n"
+                    f"if __name__ == '__main__':\n    sys.exit({script}.main())\n")
+    return path
 
 
-def test_help_names_every_flag_and_importing_is_light(tmp_path):
-    result = command("--help", cwd=tmp_path)
-    assert result.returncode == 0
-    for field in vbon.fields(vbon.Args):
-        assert "--" + field.name.replace("_", "-") in result.stdout
-        assert field.metadata["help"][:30].split(",")[0].replace("%%", "%")[:20] in " ".join(result.stdout.split())
-    heavy = subprocess.run([sys.executable, "-c", "import sys, vbon; print([m for m in ('datasets', 'matplotlib', 'vllm') if m in sys.modules])"],
-                           cwd=HERE, capture_output=True, text=True)
-    assert heavy.stdout.strip() == "[]"
+def start(path, *argv, cwd):
+    return subprocess.Popen([sys.executable, str(path), *map(str, argv)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_a_finished_run_is_not_overwritten(toy):
-    result = command("--out", "one", cwd=toy[3])
-    refused(result, "--overwrite")
+def not_a_number(name):
+    raise AssertionError(f"{name} is no JSON")
 
 
-# --- imdb with small models in an offline hub -------------------------------------------------------------------------
+def read_json(path):
+    return json.loads(Path(path).read_text(), parse_constant=not_a_number)
 
 
-def save_small_models(folder, labels=2, eos=True, seed=0):
-    """A GPT-2 and a DistilBERT classifier over words, as local folders."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
-    from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<|endoftext|>"] + alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    torch.manual_seed(seed)
-    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "ref")
-    PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "<|endoftext|>"} if eos else {})).save_pretrained(folder / "ref")
-    names = {1: {0: "LABEL_0"}, 2: {0: "NEGATIVE", 1: "POSITIVE"}, 3: {0: "A", 1: "B", 2: "C"}}[labels]
-    DistilBertForSequenceClassification(DistilBertConfig(
-        vocab_size=257, max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2, num_labels=labels, id2label=names,
-        label2id={v: k for k, v in names.items()})).save_pretrained(folder / "reward")
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", model_max_length=64).save_pretrained(folder / "reward")
-
-
-IMDB = ["--task", "imdb", "--episodes", 16, "--rollouts", 8, "--minibatch", 4, "--M", 5, "--test-M", 4, "--train-prompts", 6,
-        "--test-prompts", 4, "--max-new-tokens", 6, "--unfrozen-layers", 1, "--N", 2]
+def read_lines(path):
+    return [json.loads(line, parse_constant=not_a_number) for line in Path(path).read_text().splitlines()]
 
 
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def metrics_of(run):
+    """metrics.jsonl without its times."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_lines(run / "metrics.jsonl")]
+
+
+def weights(run, file="policy/model.safetensors"):
+    from safetensors.torch import load_file
+    return load_file(run / file)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- the toy ------------------------------------------------------------------------------------------------------
+
+TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_prompts=16, max_new_tokens=3)
+
+
+def toy_args(**changes):
+    return vbon.Args(**TOY | {"out": "unused", "device": "cpu"} | changes)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy's task, the folder of three runs ("one" and "two" are alike), and what the first returned."""
+    folder = tmp_path_factory.mktemp("toy")
+    samples = str(folder / "samples.jsonl")
+    results = [vbon.train(toy_args(out=str(folder / name), seed=seed, samples=samples))
+               for name, seed in (("one", 0), ("two", 0), ("three", 1))]
+    return vbon.setup(toy_args()), folder, results[0]
+
+
+def test_toy_is_enumerated_exactly(toy):
+    task, world = toy[0], vbon.ExactWorld(toy[0], toy_args())
+    assert len(world.responses) == len(set(world.responses)) == 1 + 18 + 18 ** 2 + 18 ** 3
+    close(world.log_ref.exp().sum(1), torch.ones(4).double(), atol=1e-5)
+    close(world.log_bon.exp().sum(1), torch.ones(4).double(), atol=1e-4)
+    prompt = task.encode("the plot was")
+    for response in ("superb", "very dull", "slow but moving"):  # the last is cut off by the limit of 3 tokens
+        ids = torch.tensor([prompt + task.encode(response + (" ." if response.count(" ") < 2 else ""))])
+        with torch.no_grad():
+            log_probs = task.ref(ids).logits[0].log_softmax(-1)
+        expected = sum(log_probs[t - 1, ids[0, t]].item() for t in range(3, ids.shape[1]))
+        found = world.log_ref[2, world.responses.index(response)].item()
+        assert found == pytest.approx(expected, abs=1e-4)
+    for i in (0, 99, 3000):  # F as a sum over all that is worse
+        worse = (world.rewards < world.rewards[i]) | (world.rewards == world.rewards[i]) & (torch.arange(6175) < i)
+        close(world.log_F[:, i].exp(), (world.log_ref.exp() * worse).sum(1), atol=1e-9)
+    before = world.metrics(world.log_ref)
+    assert before["exact/kl_to_ref"] == 0 and before["exact/win_rate"] == pytest.approx(0.5, abs=1e-4)
+    assert before["exact/kl_to_bon"] > 10
+    assert world.metrics(world.log_bon)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
+    assert world.metrics(world.log_bon, N=16)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
+    assert world.metrics(world.log_bon, N=8)["exact/kl_to_bon"] > 0.1
+
+
+@pytest.mark.parametrize("objective", vbon.OBJECTIVES)
+def test_what_training_aims_at_is_the_optimum(toy, objective):
+    """E[reward] − c·KL(π ‖ π_ref) is highest at the optimum; its distance from π_bon is the price of the estimate."""
+    args = toy_args(objective=objective, N=4)
+    world, generator = vbon.ExactWorld(toy[0], args), np.random.default_rng(0)
+    M = 100_000
+    ref_rewards = {("train", p): world.rewards[torch.from_numpy(generator.choice(
+        len(row), M, p=(row.exp() / row.exp().sum()).numpy()))] for p, row in zip(world.texts, world.log_ref)}
+    log_F = torch.stack([vbon.log_F_of(world.rewards, ref_rewards["train", p], args) for p in world.texts])
+    reward, c = vbon.terminal_reward(world.rewards, log_F, world.log_ref, args)
+
+    def value(log_pi):
+        return (log_pi.exp() * (reward - c * (log_pi - world.log_ref))).sum(1)
+    best = world.optimum(ref_rewards)
+    for i in range(5):
+        other = (best + 0.3 * torch.randn(best.shape, generator=seeded(i)).double()).log_softmax(1)
+        assert (value(other) < value(best)).all()
+    if objective == "vbon":  # as F̂ is nearly exact, all that is left are ties
+        assert world.metrics(best)["exact/kl_to_bon"] < 0.05
+
+
+def test_warmth():
+    warmth = vbon.warmth
+    assert warmth("superb") > warmth("moving") > 0 > warmth("dull") > warmth("awful")
+    assert warmth("very superb") > warmth("superb") > 0 > warmth("not superb")
+    assert warmth("slow but superb") > warmth("superb but slow")
+
+
+def test_toy_run_files(toy):
+    _, folder, result = toy
+    metrics, saved = read_lines(folder / "one/metrics.jsonl"), read_json(folder / "one/result.json")
+    assert [m["episode"] for m in metrics] == [128, 256]
+    assert {k.split("/")[0] for k in metrics[0]} == {"episode", "objective", "ppo", "time", "exact"}
+    names = {"reward", "win_rate", "kl_to_ref"}
+    assert saved == result and names | {n + "_se" for n in names} | {"exact/kl_to_bon", "exact/kl_to_ref",
+                                                                    "exact/reward", "exact/win_rate"} <= set(saved)
+    assert saved["exact/kl_to_bon"] == metrics[-1]["exact/kl_to_bon"]
+    samples = read_lines(folder / "one/samples.jsonl")
+    assert len(samples) == 16 and np.mean([s["reward"] for s in samples]) == pytest.approx(saved["reward"])
+    assert all(s["reward"] == vbon.warmth(s["response"]) for s in samples)
+    assert read_json(folder / "one/config.json")["N"] == 16 and not (folder / "one/checkpoint.pt").exists()
+    refused(call(*flags(TOY, out=folder / "one")), "--overwrite")
+
+
+def test_same_seed_same_run_and_saved_policy(toy):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    task, folder, result = toy
+    assert metrics_of(folder / "one") == metrics_of(folder / "two") != metrics_of(folder / "three")
+    assert same(weights(folder / "one"), weights(folder / "two"))
+    policy = AutoModelForCausalLM.from_pretrained(folder / "one/policy")
+    assert not same(policy.state_dict(), task.ref.state_dict())
+    world = vbon.ExactWorld(task, toy_args())
+    exact = world.metrics(world.log_probs(policy))
+    assert exact["exact/kl_to_bon"] == pytest.approx(result["exact/kl_to_bon"], abs=1e-5)
+    assert AutoTokenizer.from_pretrained(folder / "one/policy").encode("the plot was") == world.prompts[2]
+
+
+def test_toy_learns_to_be_its_own_best_of_4(toy, tmp_path):
+    changes = dict(N=4, episodes=20480, rollouts=1024, minibatch=256, test_prompts=64, test_M=100, M=200)
+    result = vbon.train(toy_args(**changes, out=str(tmp_path), samples=str(tmp_path / "samples.jsonl")))
+    assert result["exact/kl_to_bon"] < 0.1  # from 1.6
+    assert result["exact/win_rate"] == pytest.approx(0.8, abs=0.05)
+
+
+def test_estimates_on_the_test_prompts_agree_with_the_exact_values(toy, tmp_path):
+    args = toy_args(test_prompts=2000, samples=str(tmp_path / "samples.jsonl"))
+    task = vbon.setup(args)
+    policy = vbon.make_policy(task.ref, -1)[0]
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+    result, samples = vbon.evaluate_policy(policy, task, vbon.reference_samples(task, args), args)
+    world = vbon.ExactWorld(task, args)
+    exact = world.metrics(world.log_probs(policy))
+    for name in ("reward", "kl_to_ref"):
+        assert result[name] == pytest.approx(exact["exact/" + name], abs=4 * result[name + "_se"])
+    log_ratio = {(p, y): r for p, row in zip(world.texts, world.log_probs(policy) - world.log_ref)
+                 for y, r in zip(world.responses, row.tolist())}
+    plain = np.array([log_ratio[s["prompt"], s["response"].strip()] for s in samples])
+    assert exact["exact/kl_to_ref"] == pytest.approx(plain.mean(), abs=4 * plain.std() / math.sqrt(2000))
+    assert result["kl_to_ref_se"] < 0.8 * plain.std() / math.sqrt(2000)  # summing over the vocabulary pays
+
+
+def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
+    sizes = dict.fromkeys("episodes rollouts minibatch ppo_epochs M test_M test_prompts max_new_tokens".split(), 1)
+    for N in (1, 16):
+        run = tmp_path / str(N)
+        succeeded(call(*flags(sizes, N=N, out=run, samples=run / "s.jsonl")))
+        for row in (read_json(run / "result.json"), *read_lines(run / "metrics.jsonl"), *read_lines(run / "s.jsonl")):
+            assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+
+
+# --- killed, stopped, damaged -------------------------------------------------------------------------------------
+
+
+SCRIPTS = [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])]
+
+
+@pytest.mark.parametrize("script, method", SCRIPTS)
+def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monkeypatch):
+    """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that was never killed."""
+    monkeypatch.chdir(tmp_path)
+    episodes = 1024 if script is vbon else 4096
+    argv = [*method, *flags(TOY, episodes=episodes, save_every=2)]
+    patch = """
+replace, seen = os.replace, []
+def killed(source, target):
+    seen.extend([target] if target.endswith("checkpoint.pt") else [])
+    if len(seen) == 2:
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace = killed"""
+    process = start(launcher(tmp_path / "killed.py", patch, script.__name__), *argv, "--out", "killed", cwd=tmp_path)
+    succeeded(call(*argv, "--out", "whole", "--samples", "whole.jsonl", script=script))
+    process.communicate()
+    assert process.returncode == -9 and Path("killed/checkpoint.pt").exists()
+    assert not Path("killed/result.json").exists()
+    name, resume = script.__name__ + ".py", [*argv, "--out", "killed", "--resume"]
+    refused(call(*resume, "--lr", "0.01", script=script), "lr = 0.001, not 0.01", script=name)
+    refused(call(*resume, "--samples", "other.jsonl", script=script), "not 'other.jsonl'", script=name)
+    assert not Path("other.jsonl").exists()
+    assert "resumed from" in succeeded(call(*resume, script=script)).stdout
+    assert same(weights(Path("whole")), weights(Path("killed")))
+    assert metrics_of(Path("whole")) == metrics_of(Path("killed"))
+    assert metrics_of(Path("whole"))[-1]["episode"] == episodes
+    assert not Path("killed/checkpoint.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A toy run that Ctrl-C stopped when both of its phases were done, and the flags that go on with it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    argv = flags(TOY, save_every=1, samples=folder / "samples.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        patch.setattr(vbon, "evaluate_policy", interrupt)
+        result = call(*argv, "--out", folder / "run")
+    assert result.returncode == 130 and "--resume" in result.stderr.splitlines()[-1]
+    return folder / "run", argv
+
+
+@pytest.mark.parametrize("file, damage", [
+    ("checkpoint.pt", lambda content: b""), ("checkpoint.pt", lambda content: content[:len(content) // 2]),
+    ("checkpoint.pt", lambda content: b"\x80\x02}q\x00."), ("config.json", lambda content: content[:40]),
+    ("config.json", lambda content: b"[]"), ("config.json", lambda content: b"\xff\xfe{}"),
+    ("metrics.jsonl", lambda content: b""), ("metrics.jsonl", lambda content: b"\xff\xfe\n" + content)])
+def test_resume_refuses_damaged_files(stopped, tmp_path, file, damage):
+    run = shutil.copytree(stopped[0], tmp_path / "run")
+    (run / file).write_bytes(damage((run / file).read_bytes()))
+    refused(call(*stopped[1], "--out", run, "--resume"), "--resume", "run")
+    assert not (run / "result.json").exists()
+
+
+def test_a_stopped_run_goes_on_or_begins_anew(stopped, toy, tmp_path):
+    run = shutil.copytree(stopped[0], tmp_path / "run")
+    (run / "checkpoint.pt").unlink()
+    assert "resumed" not in succeeded(call(*stopped[1], "--out", run, "--resume")).stdout
+    assert metrics_of(run) == metrics_of(toy[1] / "one")
+    shutil.rmtree(run)
+    shutil.copytree(stopped[0], run)
+    assert "resumed from" in succeeded(call(*stopped[1], "--out", run, "--resume")).stdout
+    assert metrics_of(run) == metrics_of(toy[1] / "one") and same(weights(run), weights(toy[1] / "one"))
+
+
+@pytest.mark.parametrize("script, method", SCRIPTS)
+@pytest.mark.parametrize("minibatch", [64, 128])
+def test_weights_that_are_no_numbers_are_not_kept(script, method, minibatch, tmp_path):
+    run, name = tmp_path / "run", script.__name__ + ".py"
+    argv = flags(TOY, lr=1e30, save_every=1, ppo_epochs=1, minibatch=minibatch, samples=tmp_path / "s", out=run)
+    refused(call(*method, *argv, script=script), "--lr", script=name)
+    assert not (run / "policy").exists() and not (run / "result.json").exists()
+    if (run / "checkpoint.pt").exists():
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        assert all(w.isfinite().all() for w in state["weights"])
+
+
+def test_two_runs_into_one_folder(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    patch = """
+evaluate_policy = vbon.evaluate_policy
+def wait(*args):
+    while not os.path.exists("go on"):
+        time.sleep(0.05)
+    return evaluate_policy(*args)
+vbon.evaluate_policy = wait"""
+    first = start(launcher(tmp_path / "first.py", patch), *flags(TOY, out="run"), cwd=tmp_path)
+    deadline = time.time() + 120
+    while first.poll() is None and time.time() < deadline and len(read_or_empty("run/metrics.jsonl")) < 2:
+        time.sleep(0.1)
+    files = {path: path.read_bytes() for path in Path("run").iterdir()}
+    for more in ([], ["--overwrite"], ["--resume"]):
+        refused(call(*flags(TOY, seed=1, out="run"), *more), "run", f"process {first.pid}")
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == files
+    Path("go on").touch()
+    first.communicate()
+    assert first.returncode == 0 and read_json("run/result.json")["seed"] == 0
+    assert metrics_of(Path("run")) == metrics_of(toy[1] / "one")
+    assert "read from samples/toy-" in succeeded(call(*flags(TOY, out="another"))).stdout
+
+
+def read_or_empty(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, word", [
+    ("--N 0", "--N"), ("--N many", "--N"), ("--N nan", "--N"), ("--N inf", "--N"), ("--M 0", "--M"),
+    ("--task chess", "toy"), ("--objective sft", "bound1"), ("--estimator mean", "log_mean"),
+    ("--temperature 0", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--clip 1e9", "--clip"),
+    ("--adam-eps 0", "--adam-eps"), ("--task imdb --no-eos-reward nan", "--no-eos-reward"), ("--lr nan", "--lr"),
+    (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--seed -1", "--seed"),
+    ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
+    ("--unfrozen-layers 7", "2 layers"), ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"),
+    ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M")])
+def test_bad_flags(argv, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(call(*argv.split()), word)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused_before_sampling(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    refused(call(*flags(TOY, out=out)), "file")
+    assert os.listdir(tmp_path) == ["file"] and Path("file").read_text() == "mine"
+
+
+def test_help_names_every_flag_and_importing_is_light(tmp_path):
+    result = succeeded(command("--help", cwd=tmp_path))
+    text = " ".join(result.stdout.split())
+    for field in fields(vbon.Args):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"].replace("%%", "%")[:20] in text
+    code = "import sys, vbon; print({'datasets', 'matplotlib', 'transformers', 'vllm'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "set()\n"
+
+
+# --- imdb with small models, and an offline hub -------------------------------------------------------------------
+
+
+def byte_tokenizer(*special, **settings):
+    """A token for each byte, after the special ones; of these only the settings name any."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def save_small_models(folder, labels=2, eos=True, seed=0):
+    """A GPT-2 and a DistilBERT classifier over bytes, as local folders."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+    end = "<|endoftext|>"
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(folder / "ref")
+    byte_tokenizer(end, **({"eos_token": end} if eos else {})).save_pretrained(folder / "ref")
+    names = {1: ["LABEL_0"], 2: ["NEGATIVE", "POSITIVE"], 3: ["A", "B", "C"]}[labels]
+    DistilBertForSequenceClassification(DistilBertConfig(
+        vocab_size=257, max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2, num_labels=labels,
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+    )).save_pretrained(folder / "reward")
+    byte_tokenizer(end, pad_token=end, model_max_length=64).save_pretrained(folder / "reward")
+
+
+IMDB = dict(task="imdb", episodes=16, rollouts=8, minibatch=4, M=5, test_M=4, train_prompts=6, test_prompts=4,
+            max_new_tokens=6, unfrozen_layers=1, N=2)
+SIZES = {name: value for name, value in IMDB.items() if name not in ("task", "N")}
 
 
 @pytest.fixture(scope="module")
@@ -659,87 +867,149 @@ def pieces(tmp_path_factory):
     return folder
 
 
-def own(pieces, ref=None, reward=None, dataset=None):
-    return ["--ref", ref or pieces / "ref", "--reward", reward or pieces / "reward", "--dataset", dataset or pieces / "prompts.jsonl"]
+def own(folder, **changes):
+    """IMDB's settings with the models and prompts of a folder."""
+    paths = dict(ref=folder / "ref", reward=folder / "reward", dataset=folder / "prompts.jsonl")
+    return IMDB | {name: str(path) for name, path in paths.items()} | changes
+
+
+def edit(path, change):
+    """Changes a JSON file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def test_the_fused_gelu_is_gpt2s_own(pieces):
     from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(pieces / "ref")
-    ours = vbon.load("ref", AutoModelForCausalLM, str(pieces / "ref"), dtype=torch.float32)
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(pieces / "ref") for _ in range(2))
+    ours = vbon.with_fused_gelu(ours)
     names = [[type(m).__name__ for m in lm.modules()] for lm in (theirs, ours)]
     assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2 and "NewGELUActivation" not in names[1]
-    ids = torch.randint(257, (4, 20), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(257, (4, 20), generator=seeded())
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     x, y = (torch.linspace(-6, 6, 1001, requires_grad=True) for _ in range(2))
     one, two = theirs.transformer.h[0].mlp.act(x), ours.transformer.h[0].mlp.act(y)
-    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(one.sum(), x), torch.autograd.grad(two.sum(), y), atol=5e-6, rtol=1e-5)
+    close(one, two, atol=1e-6, rtol=1e-6)
+    close(torch.autograd.grad(one.sum(), x)[0], torch.autograd.grad(two.sum(), y)[0], atol=5e-6, rtol=1e-5)
     assert ours.config.activation_function == "gelu_new"  # what is saved stays as it was
 
 
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
-def test_own_models_and_prompts(pieces, tmp_path, monkeypatch, objective):
+def test_own_models_and_prompts(pieces, tmp_path, objective):
+    run, file = tmp_path / "run", tmp_path / "samples.jsonl"
+    succeeded(call(*flags(own(pieces), objective=objective, out=run, samples=file)))
+    result, samples, metrics = (read_json(run / "result.json"), read_lines(run / "samples.jsonl"),
+                                read_lines(run / "metrics.jsonl"))
+    assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0
+    assert len(samples) == 2 and len(metrics) == 2  # a tenth of 20 prompts is held out
+    stored = {(line["split"], prompt): (rewards, texts, tokens) for line in read_lines(file)[1:] for
+              prompt, rewards, texts, tokens in
+              zip(line["prompts"], line["rewards"], line["responses"], line["tokens"], strict=True)}
+    assert len(stored) == (2 if objective == "rlhf" else 8)
+    for (split, prompt), columns in stored.items():
+        assert [len(x) for x in columns] == [5 if split == "train" else 4] * 3
+        assert prompt.startswith("Film number") and all(0 < len(tokens) <= 6 for tokens in columns[2])
+    # π_θ is π_ref at first, by decoding and by a pass over the shared trunk.
+    assert metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)
+
+
+def test_bfloat16(pieces, tmp_path):
+    succeeded(call(*flags(own(pieces), dtype="bfloat16", lr=1e-3, out=tmp_path, samples=tmp_path / "samples")))
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05)
+    assert all(math.isfinite(x) for row in rows for x in row.values() if x is not None)
+    assert all(p.dtype == torch.float32 for p in weights(tmp_path).values())
+    assert read_lines(tmp_path / "samples")[0]["dtype"] == "bfloat16"
+
+
+def test_bad_pieces(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert vbon.main([str(a) for a in [*IMDB, *own(pieces), "--objective", objective, "--out", "run"]]) == 0
-    result = json.load(open("run/result.json"))
-    samples = [json.loads(line) for line in open("run/samples.jsonl")]
-    assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0 and len(samples) == 2  # a tenth of 20 prompts is held out
-    stored = [json.loads(line) for line in open(next(Path("samples").iterdir()))][1:]
-    assert len(stored) == (2 if objective == "rlhf" else 8) and all(s["prompt"].startswith("Film number") for s in stored)
-    first = json.loads(open("run/metrics.jsonl").readline())
-    assert first["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)  # π_θ is π_ref at first, by decoding and by a pass over the shared trunk
-
-
-def test_bfloat16(pieces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert vbon.main([str(a) for a in [*IMDB, *own(pieces), "--dtype", "bfloat16", "--lr", 1e-3, "--out", "run"]]) == 0
-    rows = [json.loads(line) for line in open("run/metrics.jsonl")]
-    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05) and all(math.isfinite(x) for row in rows for x in row.values() if x is not None)
-    assert all(p.dtype == torch.float32 for p in weights("run").values())
-    assert json.loads(open(next(Path("samples").iterdir())).readline())["dtype"] == "bfloat16"
-
-
-def test_the_exact_kl_agrees_with_the_sampled_one(pieces, tmp_path, monkeypatch):
-    """Three estimates of one mean: the sum over the vocabulary has the least variance, k3 the most."""
-    monkeypatch.chdir(tmp_path)
-    args = vbon.Args(task="toy", max_new_tokens=3, test_prompts=2000, test_M=5, M=5)
-    task = vbon.toy_task(args, DEVICE)
-    policy = vbon.make_policy(task.ref, -1)[0]
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    result, _ = vbon.judge(task, *vbon.sample_policy(policy, task, args, DEVICE), vbon.reference_samples(task, args, DEVICE), {})
-    world = vbon.exact_world(task, args)
-    log_pi = torch.stack([vbon.enumerate_log_p(policy, p, args) for p in world["prompts"]])
-    exact = vbon.exact_metrics(log_pi, world)
-    for name in ("kl_to_ref", "kl_to_ref_plain", "kl_to_ref_k3"):
-        assert result[name] == pytest.approx(exact["exact/kl_to_ref"], abs=4 * result[name + "_se"])
-    assert result["kl_to_ref_se"] < 0.8 * min(result["kl_to_ref_plain_se"], result["kl_to_ref_k3_se"])
-    assert result["reward"] == pytest.approx(exact["exact/reward"], abs=4 * result["reward_se"])
-
-
-def test_bad_pieces(pieces, tmp_path):
     save_small_models(tmp_path / "three", labels=3)
     save_small_models(tmp_path / "no_eos", eos=False)
+    for name in ("cut", "shape"):
+        shutil.copytree(pieces, tmp_path / name)
+    for what in ("ref", "reward"):
+        file = tmp_path / "cut" / what / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])  # a download that broke off
+        edit(tmp_path / "shape" / what / "config.json", lambda config: config.update(vocab_size=300))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    (tmp_path / "utf16.jsonl").write_bytes('{"prompt": "fine"}\n'.encode("utf-16"))
     write_lines(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "a prompt of more than 32 − 6 bytes"}])
     write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}, {"question": "y"}])
+    write_lines(tmp_path / "nothing.jsonl", [{"prompt": ""}, {"prompt": ""}])
     before = sorted(os.listdir(tmp_path))
-    cases = [(dict(reward=pieces / "ref"), ["lacks the weights"]), (dict(ref="no/such-model"), ["no/such-model", "--ref"]), (dict(reward="no/such-reward"), ["--reward"]),
-             (dict(reward=tmp_path / "three/reward"), ["3 labels"]), (dict(ref=tmp_path / "no_eos/ref"), ["EOS"]),
-             (dict(dataset=tmp_path / "missing.jsonl"), ["missing.jsonl", "no such file"]), (dict(dataset=tmp_path / "empty.jsonl"), ["0 training rows"]),
-             (dict(dataset=tmp_path / "broken.jsonl"), ["line 2"]), (dict(dataset=tmp_path / "long.jsonl"), ["context of 32"]),
-             (dict(dataset=tmp_path / "other.jsonl"), ["line 2"]), (dict(dataset="no/such-data"), ["no/such-data", "--dataset"])]
-    for pieces_of_case, words in cases:
-        error = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            patch.chdir(tmp_path)
-            assert vbon.main([str(a) for a in [*IMDB, *own(pieces, **pieces_of_case)]]) == 2, error.getvalue()
-        line = error.getvalue().strip().splitlines()[-1]
-        assert line.startswith("vbon.py: ") and all(w in line for w in words), error.getvalue()
+    for changes, words in (
+            (dict(reward=pieces / "ref"), ["lacks the weights"]), (dict(ref="no/such"), ["no/such", "--ref"]),
+            (dict(reward="no/such-reward"), ["--reward", "no/such-reward"]),
+            (dict(reward=tmp_path / "three/reward"), ["3 labels"]), (dict(ref=tmp_path / "no_eos/ref"), ["EOS"]),
+            *((own(tmp_path / name) | {other: pieces / other}, ["--" + what, name])
+              for name in ("cut", "shape") for what, other in (("ref", "reward"), ("reward", "ref"))),
+            (dict(ref=pieces), ["--ref"]), (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
+            (dict(dataset="missing.jsonl"), ["missing.jsonl"]), (dict(dataset="empty.jsonl"), ["--dataset"]),
+            (dict(dataset="broken.jsonl"), ["--dataset"]), (dict(dataset="utf16.jsonl"), ["--dataset"]),
+            (dict(dataset="long.jsonl"), ["context of 32"]), (dict(dataset="other.jsonl"), ["--dataset"]),
+            (dict(dataset="nothing.jsonl"), ["empty prompt"])):
+        refused(call(*flags(own(pieces, **changes))), *words)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_tokenizer_that_appends_eos(pieces, tmp_path):
+    """Its prompts do not end before they begin: responses and rewards are those of a tokenizer that appends nothing."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+    shutil.copytree(pieces, tmp_path / "eos")
+    tokenizer = AutoTokenizer.from_pretrained(pieces / "ref")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save_pretrained(tmp_path / "eos/ref")
+    assert AutoTokenizer.from_pretrained(tmp_path / "eos/ref").encode("Film")[-1] == 0
+    for name, folder in (("plain", pieces), ("eos", tmp_path / "eos")):
+        succeeded(call(*flags(own(folder), out=tmp_path / "run" / name, samples=tmp_path / name / "samples")))
+    plain, appended = (read_lines(tmp_path / name / "samples") for name in ("plain", "eos"))
+    assert plain[1:] == appended[1:] and plain[0]["ref"] != appended[0]["ref"]
+    assert same(weights(tmp_path / "run/plain"), weights(tmp_path / "run/eos"))
+
+
+def test_the_header_names_all_that_samples_depend_on(pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pieces, "base")
+    small_lm("Llama", vocab_size=257).save_pretrained("base/ref")
+
+    def samples_file(folder):
+        args = vbon.Args(**own(Path(folder), samples="made.jsonl"))
+        task = vbon.setup(args)
+        return vbon.samples_file(task, replace(args, samples=None)), (task, args)
+
+    def swap(a, b):
+        def change(tokenizer):
+            words = tokenizer["model"]["vocab"]
+            words[a], words[b] = words[b], words[a]
+        return change
+    edits = {
+        ("reward", "config.json"): lambda c: c.update(id2label={"0": "POSITIVE", "1": "NEGATIVE"},
+                                                      label2id={"POSITIVE": 0, "NEGATIVE": 1}),
+        ("reward", "tokenizer_config.json"): lambda c: c.update(model_max_length=32),
+        ("reward", "tokenizer.json"): swap("a", "e"), ("ref", "tokenizer.json"): swap("a", "e"),
+        ("ref", "config.json"): lambda c: c["rope_parameters"].update(rope_theta=100.0)}
+    (path, header), made = samples_file("base")
+    vbon.reference_samples(*made)
+    assert Path("made.jsonl").read_text().splitlines()[0] == json.dumps(header)
+    shutil.copytree("base", "copy")
+    assert samples_file("copy")[0] == (path, header)  # what counts is what the folders hold, not where they are
+    for i, ((what, file), change) in enumerate(edits.items()):
+        folder = Path(shutil.copytree("base", f"edit{i}"))
+        edit(folder / what / file, change)
+        (other_path, _), other = samples_file(folder)
+        assert other_path != path
+        with pytest.raises(vbon.UserError, match=f"made.jsonl was made with {what} = "):
+            vbon.reference_samples(*other)
+    for changes, word in ((dict(backend="vllm"), "backend = 'hand', this run has 'vllm'"),
+                          (dict(temperature=0.5), "temperature = 1.0, this run has 0.5"),
+                          (dict(no_eos_reward=-1.0), "reward = "), (dict(dtype="bfloat16"), "dtype = "),
+                          (dict(data_seed=1), "data_seed = 0"), (dict(max_new_tokens=5), "max_new_tokens = 6")):
+        refused(call(*flags(own(Path("base"), samples="made.jsonl", out="run", **changes))), "made with", word)
 
 
 def test_imdb_verbatim_without_a_hub(tmp_path):
@@ -749,7 +1019,7 @@ def test_imdb_verbatim_without_a_hub(tmp_path):
 
 
 def lay_out_hub(home, models, dataset, config, splits):
-    """An offline cache of the hub: a snapshot for each model, and the data set where `datasets` looks for it offline."""
+    """An offline cache of the hub: a snapshot for each model, and the data set where `datasets` looks for it."""
     import datasets
     for name, folder in models.items():
         base = home / "hub" / ("models--" + name.replace("/", "--"))
@@ -767,322 +1037,392 @@ def lay_out_hub(home, models, dataset, config, splits):
     made.rename(target)
     for path in target.glob("*.arrow"):
         path.rename(target / (short + "-" + path.name.split("-", 1)[1]))
-    info = json.loads((target / "dataset_info.json").read_text())
-    (target / "dataset_info.json").write_text(json.dumps(info | {"config_name": config, "dataset_name": short, "builder_name": "parquet"}))
+    edit(target / "dataset_info.json", lambda info: info.update(config_name=config, dataset_name=short,
+                                                                builder_name="parquet"))
 
 
 def test_imdb_verbatim_from_an_offline_hub(pieces, tmp_path):
     """--task imdb with the hub's names and only its sizes cut down, from a cache that holds small models."""
-    reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2} for i in range(40)]
+    reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2}
+               for i in range(40)]
     lay_out_hub(tmp_path / "home", {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"},
                 "stanfordnlp/imdb", "plain_text",
-                {"train": reviews, "test": [{"text": "Another " + r["text"], "label": r["label"]} for r in reviews]})
-    sizes = IMDB[2:-2]
-    result = command("--task", "imdb", "--N", "16", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
+                {"train": reviews, "test": [r | {"text": "Another " + r["text"]} for r in reviews]})
+    argv = ["--task", "imdb", "--N", "16", *flags(SIZES)]
+    succeeded(command(*argv, cwd=tmp_path, HF_HOME=str(tmp_path / "home")))
     (run,) = (tmp_path / "runs").iterdir()
-    assert run.name == "imdb-vbon-N16-M5-seed0" and json.load(open(run / "result.json"))["episodes"] == 16
-    prompts = {s["prompt"] for s in map(json.loads, open(run / "samples.jsonl"))}
+    assert run.name == "imdb-vbon-N16-M5-seed0" and read_json(run / "result.json")["episodes"] == 16
+    prompts = {s["prompt"] for s in read_lines(run / "samples.jsonl")}
     assert all("Another ".startswith(p[:8]) and 2 <= len(p) <= 8 for p in prompts), prompts
-    again = command("--task", "imdb", "--N", "16", *sizes, "--overwrite", cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert again.returncode == 0 and "read from samples/imdb-" in again.stdout
 
 
 @pytest.mark.skipif(not (SHARED / "imdb-mini").exists(), reason="needs the real small models")
 def test_imdb_on_real_models_and_reviews(tmp_path):
     mini = SHARED / "imdb-mini"
-    result = command(*IMDB, "--ref", mini / "ref", "--reward", mini / "reward", "--dataset", SHARED / "imdb", "--out", "run", cwd=tmp_path,
-                     HF_HOME=str(tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
-    assert 0.2 < json.load(open(tmp_path / "run/result.json"))["ref/reward"] < 0.8
+    paths = dict(ref=mini / "ref", reward=mini / "reward", dataset=SHARED / "imdb", out="run")
+    succeeded(command(*flags(IMDB | paths), cwd=tmp_path, HF_HOME=str(tmp_path / "home")))
+    assert 0.2 < read_json(tmp_path / "run/result.json")["ref/reward"] < 0.8
 
 
-# --- tldr -------------------------------------------------------------------------------------------------------------
+# --- tldr ---------------------------------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
 
 
 def save_small_pythias(folder):
-    """GPTNeoX models as the hub's: a policy, and two with a scalar head, over bytes; EOS is token 0, as in pythia."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<|endoftext|>", "<|padding|>"] + alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    """GPTNeoX models as the hub's: a policy, two with a scalar head, one of them without a pad token, over bytes; EOS
+    is token 0, as in pythia."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
     torch.manual_seed(0)
-    shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, bos_token_id=0, eos_token_id=0,
-                 max_position_embeddings=256)
-    for name, model in (("ref", GPTNeoXForCausalLM(GPTNeoXConfig(**shape))),
-                        *((n, GPTNeoXForSequenceClassification(GPTNeoXConfig(**shape, num_labels=1, pad_token_id=1))) for n in ("reward", "judge"))):
-        model.save_pretrained(folder / name)
-        pad = {} if name == "ref" else {"pad_token": "<|padding|>"}
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", model_max_length=256, **pad).save_pretrained(folder / name)
+    shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                 bos_token_id=0, eos_token_id=0, max_position_embeddings=256)
+    pads = {"ref": {}, "reward": {"pad_token": "<|padding|>"}, "judge": {"pad_token": "<|padding|>"}, "no_pad": {}}
+    for name, pad in pads.items():
+        config = GPTNeoXConfig(**shape, num_labels=1, pad_token_id=1 if pad else None)
+        kind = GPTNeoXForCausalLM if name == "ref" else GPTNeoXForSequenceClassification
+        kind(config).save_pretrained(folder / name)
+        tokenizer = byte_tokenizer(END, "<|padding|>", eos_token=END, model_max_length=256, **pad)
+        tokenizer.save_pretrained(folder / name)
 
 
 def post(i, subreddit):
-    return {"id": str(i), "subreddit": subreddit, "title": f"Title {i}", "post": f"First paragraph of {i}.\n\n" + "More of it. " * (i % 30),
-            "summary": "A summary."}
+    return {"id": str(i), "subreddit": subreddit, "title": f"Title {i}", "summary": "A summary.",
+            "post": f"First paragraph of {i}.\n\n" + "More of it. " * (i % 30)}
 
 
 def test_tldr_verbatim_from_an_offline_hub(tmp_path):
-    """The commands of the README with the hub's names: training, both test distributions, the larger judge, Figure 5."""
+    """The commands with the hub's names: training, both test distributions, the larger judge, Figure 5."""
     save_small_pythias(tmp_path)
     rows = [post(i, ("relationships", "relationship_advice", "tifu", "AskReddit")[i % 4]) for i in range(120)]
-    hub = "cleanrl/EleutherAI_pythia-{}-deduped__{}__tldr"
-    lay_out_hub(tmp_path / "home", {hub.format("2.8b", "sft"): tmp_path / "ref", hub.format("2.8b", "reward"): tmp_path / "reward",
-                                    hub.format("6.9b", "reward"): tmp_path / "judge"},
-                "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "default", {"train": rows[:80], "test": rows[80:]})
-    sizes = ["--episodes", 8, "--rollouts", 4, "--minibatch", 4, "--M", 5, "--test-M", 4, "--train-prompts", 6, "--test-prompts", 8,
-             "--max-new-tokens", 8, "--unfrozen-layers", 1]
-    result = command("--task", "tldr", *sizes, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
+    hub, home = "cleanrl/EleutherAI_pythia-{}-deduped__{}__tldr", str(tmp_path / "home")
+    models = {hub.format("2.8b", "sft"): tmp_path / "ref", hub.format("2.8b", "reward"): tmp_path / "reward",
+              hub.format("6.9b", "reward"): tmp_path / "judge"}
+    lay_out_hub(tmp_path / "home", models, "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "default",
+                {"train": rows[:80], "test": rows[80:]})
+    sizes = SIZES | dict(episodes=8, rollouts=4, test_prompts=8, max_new_tokens=8)
+    succeeded(command("--task", "tldr", *flags(sizes), cwd=tmp_path, HF_HOME=home))
     run = tmp_path / "runs/tldr-vbon-N100-M5-seed0"
-    config, found = json.load(open(run / "config.json")), json.load(open(run / "result.json"))
-    assert (config["estimator"], config["temperature"], config["lr"], config["adam_eps"], config["value_coef"]) == ("smooth", 0.7, 3e-6, 1e-5, 0.2)
-    samples = [json.loads(line) for line in open(run / "samples.jsonl")]
+    config, found = read_json(run / "config.json"), read_json(run / "result.json")
+    recipe = dict(estimator="smooth", temperature=0.7, lr=3e-6, adam_eps=1e-5, value_coef=0.2)
+    assert recipe.items() <= config.items()
+    samples = read_lines(run / "samples.jsonl")
     assert [vbon.in_distribution(s["prompt"]) for s in samples] == [True] * 4 + [False] * 4
     for s in samples:
         assert s["prompt"].endswith("\n\nTL;DR:") and len(s["prompt"].encode()) <= 256 - 8
-        assert (s["reward"] == -1.0) == (not s["response"].endswith("<|endoftext|>"))
+        assert (s["reward"] == -1.0) == (not s["response"].endswith(END))
     assert found["reward"] == pytest.approx((found["in/reward"] + found["out/reward"]) / 2)
-    (stored,) = [[json.loads(line) for line in open(path)][1:] for path in (tmp_path / "samples").iterdir()]
-    ended = {y.endswith("<|endoftext|>") for line in stored for y in line["responses"]}
-    assert False in ended and all(vbon.in_distribution(line["prompt"]) for line in stored if line["split"] == "train")
-    figure = command(str(run), "--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1, "--figures", "figures", cwd=tmp_path,
-                     script="evaluate.py", HF_HOME=str(tmp_path / "home"))
-    assert figure.returncode == 0 and "T = 0.25, judge EleutherAI_pythia-6.9b" in figure.stdout, figure.stderr
+    (path,) = (tmp_path / "samples").glob("*.jsonl")
+    stored = read_lines(path)[1:]
+    ended = {y.endswith(END) for line in stored for texts in line["responses"] for y in texts}
+    assert False in ended
+    assert all(vbon.in_distribution(p) for line in stored if line["split"] == "train" for p in line["prompts"])
+    judge = ["--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1, "--figures", "figures"]
+    figure = succeeded(command(run, *judge, cwd=tmp_path, script="evaluate.py", HF_HOME=home))
+    assert "T = 0.25, judge EleutherAI_pythia-6.9b" in figure.stdout
     assert (tmp_path / "figures/tldr-temperatures.png").stat().st_size > 10_000
 
 
-def test_scalar_rewards_are_read_off_the_last_token(tmp_path):
-    """Padding never counts, EOS does: the reward of a text does not depend on the others in its batch."""
-    save_small_pythias(tmp_path)
-    score, name = vbon.load_reward(str(tmp_path / "reward"), DEVICE, "<|endoftext|>", -1.0)
-    texts = ["short<|endoftext|>", "a good deal longer than the other<|endoftext|>", "cut off"]
-    together = score(["p: "] * 3, texts)
+@pytest.mark.parametrize("name", ["reward", "no_pad"])
+@pytest.mark.parametrize("end", ["", END])
+def test_scalar_rewards_are_read_off_the_last_token(name, end, tmp_path):
+    """Padding never counts, EOS does: the reward of a text depends neither on its batch nor on the one before."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    model, tokenizer = (kind.from_pretrained(tmp_path / "reward") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-    ids = tokenizer("p: " + texts[0], return_tensors="pt").input_ids
-    assert ids[0, -1] == 0
-    by_hand = model.score(model.base_model(ids).last_hidden_state[:, -1]).item()
-    assert together[0] == pytest.approx(by_hand, abs=1e-5) == pytest.approx(score(["p: "], texts[:1])[0], abs=1e-5)
-    assert together[2] == -1.0 and "-1.0 without" in name
+    save_small_pythias(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+    texts = ["short" + end, "a good deal longer than the other" + end, "cut off"]
+    by_hand = []
+    for text in texts:
+        ids = tokenizer("p: " + text, return_tensors="pt").input_ids
+        assert (ids[0, -1] == 0) == (end != "" and text.endswith(end))
+        by_hand.append(model.score(model.base_model(ids).last_hidden_state[:, -1]).item())
+    for before in ([], texts[2:], texts[:2], texts):
+        score, reward_id = vbon.load_reward(str(tmp_path / name), "cpu", end, -1.0)
+        score(["p: "] * len(before), before)
+        expected = [*by_hand[:2], -1.0] if end else by_hand
+        assert score(["p: "] * 3, texts) == pytest.approx(expected, abs=1e-5)
+        assert score(["p: "], texts[:1]) == pytest.approx(expected[:1], abs=1e-5)
+        assert ("-1.0 without" in reward_id) == (end != "")
 
 
 def test_posts_are_cut_to_fit():
     count = types.SimpleNamespace(encode=str.split)
     row = {"subreddit": "tifu", "title": "T", "post": "one two three\n\nfour five\n\nsix"}
-    assert vbon.tldr_prompt(row, count, 99) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two three\n\nfour five\n\nsix\n\nTL;DR:"
-    assert vbon.tldr_prompt(row, count, 11) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two three\n\nfour five\n\nTL;DR:"
-    assert vbon.tldr_prompt(row, count, 8) == "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: one two\n\nTL;DR:"
+    head, tail = "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: ", "\n\nTL;DR:"
+    for longest, rest in ((99, row["post"]), (11, "one two three\n\nfour five"), (8, "one two")):
+        assert vbon.tldr_prompt(row, count, longest) == head + rest + tail
 
 
-# --- the file of samples: killed, shared, damaged, exchanged; several processes; vLLM ---------------------------------
+# --- the file of samples: killed, shared, damaged; several processes; vLLM ----------------------------------------
 
 
-def test_sampling_killed_twice_ends_with_the_same_file(pieces, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 60, "--test-M", 30, "--train-prompts", 16, "--sample-batch", 240]]
-    assert vbon.main([*flags, "--samples", "whole.jsonl", "--out", "a"]) == 0
-    content = (tmp_path / "whole.jsonl").read_bytes()
-    for killed_after in (1, 3):
-        process = subprocess.Popen([sys.executable, "-c", f"""
-import os, sys; sys.path.insert(0, {str(HERE)!r}); import vbon
-append, count = vbon.append_lines, [0]
-def appended(path, header, lines):
-    append(path, header, lines); count[0] += 1
-    if count[0] == {killed_after}:
-        open(path, "ab").write(b'{{"split": "train", "pro')  # torn, as a write that was killed leaves it
+def test_killed_sampling_resumes_and_a_larger_M_extends(toy, tmp_path):
+    def samples(path, **changes):
+        args = toy_args(**dict(sample_batch=60, samples=str(tmp_path / path)) | changes)
+        return vbon.reference_samples(toy[0], args, keep_tokens=True)
+    whole = samples("whole")
+    content = (tmp_path / "whole").read_bytes()
+    assert len(content.splitlines()) == 5, "several lines, of several prompts each"
+    for cut in (0, 10, 500, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
+        (tmp_path / "cut").write_bytes(content[:cut])
+        assert samples("cut").keys() == whole.keys() and (tmp_path / "cut").read_bytes() == content
+    for changes in (dict(M=50), dict(M=50, test_M=20), dict(M=30)):
+        more = samples("cut", **changes)
+        for key, (rewards, tokens) in whole.items():
+            assert torch.equal(more[key][0][:len(rewards)], rewards) and more[key][1][:len(tokens)] == tokens
+            assert len(more[key][0]) == len(more[key][1]) == (changes["M"] if key[0] == "train" else 20)
+    assert (tmp_path / "cut").read_bytes().startswith(content)
+    again = vbon.reference_samples(toy[0], toy_args(samples=str(tmp_path / "cut")))
+    assert all(torch.equal(again[key], rewards.sort().values) for key, (rewards, _) in whole.items())
+
+
+def test_sampling_killed_while_it_writes_ends_with_the_same_file(pieces, tmp_path):
+    argv = flags(own(pieces), M=60, test_M=30, train_prompts=16, sample_batch=240)
+    patch = """
+write_line, seen = vbon.write_line, []
+def torn(path, header, line):
+    write_line(path, header, line)
+    seen.append(line)
+    if len(seen) == 2:
+        open(path, "ab").write(b'{"split": "train", "x')  # as a write that was killed leaves it
         os.kill(os.getpid(), 9)
-vbon.append_lines = appended
-vbon.main(sys.argv[1:])""", *flags, "--samples", "killed.jsonl", "--out", "b"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        assert process.wait() == -9
-        assert len((tmp_path / "killed.jsonl").read_bytes()) < len(content)
-    assert vbon.main([*flags, "--samples", "killed.jsonl", "--out", "b"]) == 0
-    assert (tmp_path / "killed.jsonl").read_bytes() == content
+vbon.write_line = torn"""
+    process = start(launcher(tmp_path / "torn.py", patch), *argv, "--samples", "torn", "--out", "b", cwd=tmp_path)
+    succeeded(call(*argv, "--samples", tmp_path / "whole", "--out", tmp_path / "a"))
+    process.communicate()
+    whole, torn = (tmp_path / "whole").read_bytes(), (tmp_path / "torn").read_bytes()
+    assert process.returncode == -9 and torn.count(b"\n") == 3 and torn.endswith(b'"x')
+    succeeded(call(*argv, "--samples", tmp_path / "torn", "--out", tmp_path / "b"))
+    assert (tmp_path / "torn").read_bytes() == whole
 
 
-def test_two_runs_on_one_file_take_turns(pieces, tmp_path):
-    flags = [str(a) for a in [*IMDB, *own(pieces), "--M", 300, "--train-prompts", 16, "--samples", "s.jsonl"]]
-    runs = [subprocess.Popen([sys.executable, str(HERE / "vbon.py"), *flags, "--out", f"r{i}"], cwd=tmp_path, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
+def test_runs_on_one_file_take_turns(pieces, tmp_path):
+    argv = flags(own(pieces), M=100, train_prompts=16, samples="samples")
+    path = launcher(tmp_path / "slow.py", "draw_line = vbon.draw_line\n"
+                    "vbon.draw_line = lambda *args: time.sleep(0.2) or draw_line(*args)")
+    runs = [start(path, *argv, "--out", f"run{i}", cwd=tmp_path) for i in range(2)]
     outputs = [run.communicate() for run in runs]
-    assert all(run.returncode == 0 for run in runs), outputs
-    lines = [json.loads(line) for line in open(tmp_path / "s.jsonl")][1:]
-    assert len(lines) == len({(line["split"], line["prompt"]) for line in lines}) == 18
-    assert sum("drawn by" in out for out, _ in outputs) == 1 or any("waiting for it" in out for out, _ in outputs)
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    lines = read_lines(tmp_path / "samples")[1:]
+    keys = [(line["split"], prompt) for line in lines for prompt in line["prompts"]]
+    assert len(keys) == len(set(keys)) == 18
+    assert sum("drawn by" in out for out, _ in outputs) == 1 == sum("read from" in out for out, _ in outputs)
 
 
-def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path, monkeypatch):
-    """Bits flipped, lines cut, doubled, swapped or of other types, in 300 ways: refused, or read as if nothing had happened."""
-    args, _, task, _ = toy
-    monkeypatch.chdir(tmp_path)
-    args = vbon.Args(**TOY | {"samples": "s.jsonl", "M": 6, "test_M": 6})
-    right = vbon.reference_samples(task, args, DEVICE)
-    content, rng, refused = Path("s.jsonl").read_bytes(), random.Random(0), 0
-    lines = content.splitlines(keepends=True)
-    for i in range(300):
-        damaged = bytearray(content)
-        if i < 200:
-            place = rng.randrange(len(damaged))
-            damaged[place] ^= 1 << rng.randrange(8)
-        elif i < 240:
-            cut = sorted(rng.sample(range(len(content)), 2))
-            damaged = content[:cut[0]] + content[cut[1]:]
-        elif i < 260:
-            damaged = b"".join([*lines, rng.choice(lines)])
-        elif i < 280:
-            damaged = b"".join([lines[0], *rng.sample(lines[1:], len(lines) - 1), b"\xff\xfe\n"])
-        else:
-            wrong = json.loads(lines[1]) | {rng.choice(["rewards", "tokens", "start", "split", "prompt", "responses"]): rng.choice([None, 3, "x", [math.nan]])}
-            damaged = b"".join([lines[0], json.dumps(wrong).encode() + b"\n", *lines[2:]])
-        Path("s.jsonl").write_bytes(damaged)
+def test_other_files_are_refused_and_left_alone(toy, tmp_path):
+    path = tmp_path / "note"
+    for content in (b"a note of mine\nthat is no file of samples\n", b"one line", b"\x80\x02\n\x00", b"[1]\n",
+                    b'{"vbon_samples": 3}\n', "ein Wort\n".encode("utf-16")):
+        path.write_bytes(content)
+        with pytest.raises(vbon.UserError, match="note"):
+            vbon.reference_samples(toy[0], toy_args(samples=str(path)))
+        assert path.read_bytes() == content
+
+
+def damaged(lines, rng):
+    """The lines of a file of samples, damaged in one of many ways."""
+    lines, i = list(lines), rng.randrange(len(lines))
+
+    def changed(name, value, *place):
+        entry = json.loads(lines[i])
+        *inner, last = [name, *place]
+        target = entry
+        for step in inner:
+            target = target[step]
+        target[last] = value
+        return json.dumps(entry).encode() + b"\n"
+    other = rng.choice([None, True, 3, -0.5, "x", "xx", [], [None, None], [[math.nan] * 6] * 2, {}, {"a": 1}, "\ud800"])
+    way = rng.randrange(9)
+    if way == 0:
+        lines[i] = lines[i][:rng.randrange(len(lines[i]) - 1)] + b"\n"
+    elif way == 1:
+        lines.insert(rng.randrange(len(lines)), lines[i])
+    elif way == 2:
+        rng.shuffle(lines)
+    elif way == 3:
+        del lines[i]
+    elif way == 4:
+        place = rng.randrange(len(lines[i]))
+        lines[i] = lines[i][:place] + rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80"]) + lines[i][place:]
+    elif way == 5:
+        lines[i] = b"[" * 100_000 + b"]" * 100_000 + b"\n"
+    elif way == 6:
+        lines[i] = changed(rng.choice(list(json.loads(lines[i]))), other)
+    elif i > 0:
+        bad = rng.choice([math.nan, math.inf, -math.inf, None, "1", True, [1.0], 10 ** 400]) if way == 7 else other
+        name = "rewards" if way == 7 else rng.choice(["rewards", "tokens", "responses"])
+        lines[i] = changed(name, bad, 0, *([rng.randrange(2)] if way == 7 else []))
+    return b"".join(lines)
+
+
+def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path):
+    """Lines cut, doubled, shuffled, lost or of other types, rewards that are no numbers, lone bytes: refused in a line
+    that names the file, or read as if nothing had happened."""
+    path, rng, refusals = tmp_path / "samples", random.Random(0), 0
+    for M in (4, 6):
+        args = toy_args(samples=str(path), M=M, test_M=M, sample_batch=12)
+        right = vbon.reference_samples(toy[0], args, keep_tokens=True)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 5
+    for i in range(400):
+        path.write_bytes(damaged(lines, rng))
         try:
-            got = vbon.reference_samples(task, args, DEVICE)
-            assert all(torch.equal(got[key], right[key]) for key in right), i
+            found = vbon.reference_samples(toy[0], args, keep_tokens=True)
+            assert all(torch.equal(found[key][0], rewards) and found[key][1] == tokens
+                       for key, (rewards, tokens) in right.items()), i
         except vbon.UserError as error:
-            refused += 1
-            assert "line " in str(error) or "was made with" in str(error) or "not a file of samples" in str(error), (i, str(error))
-    assert refused > 250
+            refusals += 1
+            assert str(path) in str(error) and "\n" not in str(error), (i, str(error))
+    assert refusals > 200
 
 
-def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = [str(a) for a in [*IMDB, *own(pieces)]]
-    assert vbon.main([*flags, "--samples", "s.jsonl", "--out", "a"]) == 0
-    policy = Path("a/policy/model.safetensors").read_bytes()
-    for flat in ([], ["--flat"]):
-        assert evaluate.main(["--export", "s.jsonl", "theirs.jsonl", *flat]) == 0
-        row = json.loads(Path("theirs.jsonl").read_text().splitlines()[0])
-        assert set(row) == ({"prompt", "text", "reward"} if flat else {"prompt", "responses", "rewards"})
-        Path("own.jsonl").unlink(missing_ok=True)
-        assert vbon.main([*flags, "--samples", "own.jsonl", "--import-samples", "theirs.jsonl", "--out", "b", "--overwrite"]) == 0
-        assert "samples of 6 of the 6 training prompts taken over" in capsys.readouterr().out
-        assert Path("b/policy/model.safetensors").read_bytes() == policy  # the same F, and so the same run
-    Path("bad.jsonl").write_text('{"prompt": "x", "text": "y", "reward": 1}\n{"prompt": "x", "text": "y", "reward": NaN}\n')
-    code = vbon.main([*flags, "--samples", "new.jsonl", "--import-samples", "bad.jsonl", "--out", "c"])
-    refused(types.SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), "bad.jsonl, line 2")
-    assert not Path("new.jsonl").exists()
+def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path):
+    broken = replace(toy[0], score=lambda prompts, responses: [math.nan] * len(responses), reward_id="nan")
+    with pytest.raises(vbon.UserError, match="nan .*'the acting was'"):
+        vbon.reference_samples(broken, toy_args(samples=str(tmp_path / "samples")))
+    assert not (tmp_path / "samples").exists()
 
 
-def torchrun(*argv, cwd, script=HERE / "vbon.py", **environment):
-    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *map(str, argv)]
-    return subprocess.run(command_line, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+def torchrun(path, *argv, cwd, **environment):
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*head, *map(str, argv)], cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+WATCHED = """
+import torch
+update, phases = vbon.update, []
+def watched(policy, value_head, *rest):
+    phases.append(0)
+    if os.environ.get("KILL") == os.environ["RANK"] and len(phases) == 3:
+        os.kill(os.getpid(), 9)
+    metrics = update(policy, value_head, *rest)
+    torch.save(policy.state_dict() | value_head.state_dict(), "weights" + os.environ["RANK"])
+    return metrics
+vbon.update = watched"""
 
 
 @pytest.fixture(scope="module")
 def two_processes(pieces, tmp_path_factory):
-    """A run of two processes: its flags, its folder, what it printed."""
+    """A run of two processes: the script, its flags, its folder, what it printed."""
     folder = tmp_path_factory.mktemp("two")
-    flags = [str(a) for a in [*IMDB, *own(pieces), "--rollouts", 16, "--episodes", 64, "--lr", 1e-3, "--save-every", 1]]
-    run = torchrun(*flags, "--samples", "two.jsonl", "--out", "two", cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return flags, folder, run.stdout
+    argv = flags(own(pieces), rollouts=16, episodes=64, lr=1e-3, save_every=1, sample_batch=10)
+    path = launcher(folder / "watched.py", WATCHED)
+    run = succeeded(torchrun(path, *argv, "--samples", "samples", "--out", "run", cwd=folder))
+    return path, argv, folder, run.stdout
 
 
-def test_two_processes_are_as_one(pieces, two_processes, tmp_path):
-    """The same samples, byte by byte, and the same weights up to rounding; a shared trunk, and minibatches that fall unevenly."""
-    flags, folder, printed = two_processes
-    one = command(*flags, "--samples", "one.jsonl", "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert one.returncode == 0, one.stderr
-    assert (tmp_path / "one.jsonl").read_bytes() == (folder / "two.jsonl").read_bytes()
-    a, b = weights(tmp_path / "one"), weights(folder / "two")
-    before = weights(pieces / "ref", "model.safetensors")
-    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-4 and 2e-3 < max((a[k] - before[k]).abs().max() for k in a if k in before)
-    rows = [[json.loads(line) for line in open(run / "metrics.jsonl")] for run in (tmp_path / "one", folder / "two")]
-    assert len(rows[0]) == len(rows[1]) == 4
-    for m, n in zip(*rows):
-        assert all(m[k] == pytest.approx(n[k], abs=1e-4) for k in m if not k.startswith("time/"))
+def test_two_processes_draw_the_same_samples_and_train_one_policy(pieces, two_processes, tmp_path):
+    path, argv, folder, printed = two_processes
+    succeeded(call(*argv, "--samples", tmp_path / "samples", "--out", tmp_path / "one"))
+    assert (tmp_path / "samples").read_bytes() == (folder / "samples").read_bytes()
+    first, second = (torch.load(folder / f"weights{rank}") for rank in (0, 1))
+    saved, before = weights(folder / "run"), weights(pieces / "ref", "model.safetensors")
+    assert same(first, second) and same({name: first[name] for name in saved}, saved)
+    assert max((saved[name] - before[name]).abs().max() for name in before) > 2e-3
+    rows = read_lines(folder / "run/metrics.jsonl")
+    assert [row["episode"] for row in rows] == [16, 32, 48, 64]
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4) and rows[-1]["objective/kl_to_ref"] > 1e-4
     assert printed.count("win rate") == 1  # one process speaks
-    uneven = torchrun(*flags, "--rollouts", 15, "--minibatch", 3, "--out", "three", cwd=tmp_path)
-    assert uneven.returncode != 0 and "vbon.py: --rollouts 15 cannot be shared out evenly to 2 processes" in uneven.stderr
-    assert not (tmp_path / "samples").exists()
+
+
+def test_what_cannot_be_shared_out_is_refused(two_processes, tmp_path):
+    uneven = torchrun(HERE / "vbon.py", *two_processes[1], "--rollouts", 15, "--minibatch", 3, cwd=tmp_path)
+    line = "vbon.py: --rollouts 15 and --minibatch 3 cannot be shared out evenly to 2 processes"
+    assert uneven.returncode != 0 and line in uneven.stderr, uneven.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_killed_process_ends_the_run_which_resumes(two_processes, tmp_path):
-    flags, folder, _ = two_processes
-    launcher = tmp_path / "killed.py"
-    launcher.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import vbon
-phase, count = vbon.ppo_phase, [0]
-def killed(*args):
-    count[0] += 1
-    if count[0] == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    return phase(*args)
-vbon.ppo_phase = killed
-sys.exit(vbon.main())
-""")
-    stopped = torchrun(*flags, "--out", "killed", cwd=tmp_path, script=launcher)
-    assert stopped.returncode != 0 and (tmp_path / "killed/checkpoint.pt").exists() and not (tmp_path / "killed/result.json").exists()
-    assert "another process of this run ended" in stopped.stderr, stopped.stderr
-    resumed = torchrun(*flags, "--out", "killed", "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stderr
-    one, two = weights(folder / "two"), weights(tmp_path / "killed")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    path, argv, folder, _ = two_processes
+    killed = torchrun(path, *argv, "--out", "run", "--samples", "samples", cwd=tmp_path, KILL="1")
+    assert killed.returncode != 0 and not (tmp_path / "run/result.json").exists()
+    alone = call(*argv, "--out", tmp_path / "run", "--samples", "samples", "--resume")
+    assert alone.returncode == 2  # also for one process
+    resumed = torchrun(path, *argv, "--out", "run", "--samples", "samples", "--resume", cwd=tmp_path)
+    assert "resumed from" in succeeded(resumed).stdout
+    assert same(weights(folder / "run"), weights(tmp_path / "run"))
+    assert metrics_of(folder / "run") == metrics_of(tmp_path / "run")
+
+
+def test_resume_refuses_other_weights_behind_ref(pieces, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(pieces, tmp_path / "pieces"))
+    argv = flags(own(folder), save_every=1, samples=tmp_path / "a", out=tmp_path / "run")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(vbon, "evaluate_policy", interrupt)
+        assert call(*argv).returncode == 130 and (tmp_path / "run/checkpoint.pt").exists()
+    (tmp_path / "a").unlink()
+    save_small_models(folder, seed=1)
+    refused(call(*argv, "--resume"), "--resume", "--ref")
+    shutil.rmtree(folder)
+    shutil.copytree(pieces, folder)
+    (tmp_path / "a").unlink(missing_ok=True)
+    assert "resumed from" in succeeded(call(*argv, "--resume")).stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; .ci/run has an environment with it")
 def test_vllm_samples_the_same_distribution(tmp_path):
-    """The same task through both backends: rewards agree in distribution, log-probs of the same tokens to 1e-3."""
+    """The same task by both backends: rewards agree in distribution, log-probs of the same tokens to 1e-3."""
     if (SHARED / "imdb-mini").exists():
         models, data = SHARED / "imdb-mini", SHARED / "imdb"
     else:
         save_small_models(tmp_path)
-        write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Film number {i} is"} for i in range(20)])
         models, data = tmp_path, tmp_path / "prompts.jsonl"
-    base = ["--task", "imdb", "--ref", models / "ref", "--reward", models / "reward", "--dataset", data, "--episodes", 16, "--rollouts", 16,
-            "--minibatch", 16, "--train-prompts", 8, "--test-prompts", 2, "--test-M", 8, "--M", 128, "--max-new-tokens", 12, "--N", 2, "--unfrozen-layers", 1]
-    files = {}
+        write_lines(data, [{"prompt": f"Film number {i} is"} for i in range(20)])
+    argv = flags(own(models, dataset=data), rollouts=16, minibatch=16, train_prompts=8, test_prompts=2, test_M=8,
+                 M=128, max_new_tokens=12)
+    files, environment = {}, {"VLLM_CPU_KVCACHE_SPACE": "1"}
     for backend, name in (("hand", "this script"), ("vllm", "vLLM")):
-        result = command(*base, "--backend", backend, "--samples", backend + ".jsonl", "--out", backend, cwd=tmp_path, HF_HUB_OFFLINE="1",
-                         VLLM_CPU_KVCACHE_SPACE="1")
-        assert result.returncode == 0 and f"drawn by {name}" in result.stdout, result.stderr[-3000:]
-        files[backend] = [json.loads(line) for line in open(tmp_path / f"{backend}.jsonl")][1:]
-    for split in ("train", "test"):
-        rewards = {backend: torch.tensor([r for line in lines if line["split"] == split for r in line["rewards"]], dtype=torch.double)
-                   for backend, lines in files.items()}
-        assert len(rewards["hand"]) == len(rewards["vllm"])
-        assert evaluate.kolmogorov_smirnov(rewards["hand"], rewards["vllm"])[1] > 0.001
-    ours = torch.tensor([len(t) for line in files["hand"] for t in line["tokens"]], dtype=torch.double)
-    theirs = torch.tensor([len(t) for line in files["vllm"] for t in line["tokens"]], dtype=torch.double)
-    assert evaluate.kolmogorov_smirnov(ours, theirs)[1] > 0.001  # EOS ends both alike
-    script = tmp_path / "log_probs.py"
-    script.write_text(f"""
-import json, sys
+        result = succeeded(command(*argv, "--backend", backend, "--samples", backend, "--out", backend + "-run",
+                                   cwd=tmp_path, **environment))
+        assert f"drawn by {name}" in result.stdout
+        files[backend] = read_lines(tmp_path / backend)[1:]
+
+    def flat(backend, name, split, value):
+        return doubles([value(x) for line in files[backend] if line["split"] == split
+                        for column in line[name] for x in column])
+    for split, name, value in itertools.product(("train", "test"), ("rewards", "tokens"), (None,)):
+        value = len if name == "tokens" else float  # EOS ends both alike
+        ours, theirs = (flat(backend, name, split, value) for backend in ("hand", "vllm"))
+        assert len(ours) == len(theirs) and evaluate.kolmogorov_smirnov(ours, theirs)[1] > 0.001
+    (tmp_path / "log_probs.py").write_text(f"""
+import json
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    llm = LLM(model={str(models / "ref")!r}, dtype="float32", seed=0)
-    lines = [json.loads(line) for line in open("hand.jsonl")][1:4]
-    tok = llm.get_tokenizer()
-    out = []
-    for line in lines:
-        prompt, tokens = tok.encode(line["prompt"]), line["tokens"][0]
-        got = llm.generate([{{"prompt_token_ids": prompt + tokens}}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)[0]
-        out.append([prompt, tokens, [got.prompt_logprobs[len(prompt) + i][t].logprob for i, t in enumerate(tokens)]])
+    llm, out = LLM(model={str(models / "ref")!r}, dtype="float32", seed=0), []
+    line = [json.loads(line) for line in open("hand")][1]
+    for text, (tokens, *_) in zip(line["prompts"][:3], line["tokens"]):
+        prompt = llm.get_tokenizer().encode(text)
+        (got,) = llm.generate([{{"prompt_token_ids": prompt + tokens}}],
+                              SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        log_probs = got.prompt_logprobs[len(prompt):]
+        out.append([prompt, tokens, [entry[t].logprob for entry, t in zip(log_probs, tokens)]])
     json.dump(out, open("log_probs.json", "w"))
 """)
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    done = subprocess.run([sys.executable, "log_probs.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     from transformers import AutoModelForCausalLM
     lm = AutoModelForCausalLM.from_pretrained(models / "ref", dtype=torch.float32)
-    for prompt, tokens, theirs in json.load(open(tmp_path / "log_probs.json")):
+    for prompt, tokens, theirs in read_json(tmp_path / "log_probs.json"):
         with torch.no_grad():
             logits = lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]
-        ours = vbon.token_log_probs(logits, torch.tensor(tokens))
-        assert (ours - torch.tensor(theirs)).abs().max() < 1e-3
+        close(vbon.token_log_probs(logits, torch.tensor(tokens)), torch.tensor(theirs), atol=1e-3, rtol=0)
 
 
-# --- bon_baselines.py -------------------------------------------------------------------------------------------------
+# --- bon_baselines.py ---------------------------------------------------------------------------------------------
 
 
 def test_best_of_n_and_its_expectation_by_brute_force():
     assert bon_baselines.best_of_n(torch.tensor([[1.0, 5.0, 2.0], [3.0, 3.0, 0.0]])).tolist() == [1, 0]
-    rewards = torch.tensor([[0.3, -2.0, 0.3, 7.0, 1.0, -0.5, 2.5], [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, -1.0]]).double()
+    rewards = doubles([[0.3, -2.0, 0.3, 7.0, 1.0, -0.5, 2.5], [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, -1.0]])
     for N in range(1, 8):
         expected = rewards[:, list(itertools.combinations(range(7), N))].amax(-1).mean(-1)
-        torch.testing.assert_close(bon_baselines.expected_best_of_n(rewards, N), expected, rtol=1e-12, atol=1e-12)
+        close(bon_baselines.expected_best_of_n(rewards, N), expected)
     for N in (0, 8, 2.5):
         with pytest.raises(ValueError, match="from 1 to M"):
             bon_baselines.expected_best_of_n(rewards, N)
@@ -1092,12 +1432,12 @@ def test_best_of_n_and_its_expectation_by_brute_force():
 def test_expected_best_of_n_is_stable_for_many_rewards(N):
     """Of the numbers 1 … M the highest of N without replacement is N(M+1)/(N+1) on average."""
     M = 100_000
-    value = bon_baselines.expected_best_of_n(torch.arange(1, M + 1)[torch.randperm(M, generator=torch.Generator().manual_seed(0))], N)
+    value = bon_baselines.expected_best_of_n(1 + torch.randperm(M, generator=seeded()), N)
     assert value.item() == pytest.approx(N * (M + 1) / (N + 1), rel=1e-9)
 
 
 def test_losses_of_the_baselines_by_hand():
-    best, worst, ref_best, ref_worst = (torch.tensor(x).double() for x in ([-10.0, -12.0], [-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0]))
+    best, worst, ref_best, ref_worst = doubles([-10.0, -12.0], [-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0])
     h = [(-10 + 11) - (-9 + 9.5), (-12 + 11) - (-14 + 12)]  # 0.5, 1
     assert bon_baselines.sft_loss(best).item() == pytest.approx(11)
     dpo = bon_baselines.dpo_loss(best, worst, ref_best, ref_worst, 0.3).item()
@@ -1105,7 +1445,8 @@ def test_losses_of_the_baselines_by_hand():
     for bad in (0, 2.5):
         with pytest.raises(ValueError, match="whole number"):
             bon_baselines.bonbon_beta(bad)
-    assert bon_baselines.bonbon_beta(8) == pytest.approx(0.02755, abs=5e-6) and bon_baselines.bonbon_beta(1) == math.inf
+    assert bon_baselines.bonbon_beta(8) == pytest.approx(0.02755, abs=5e-6)
+    assert bon_baselines.bonbon_beta(1) == math.inf
     target = 3 * (1 + 1 / 2 + 1 / 3)  # N = 4
     contrast = sum((x - target) ** 2 for x in h) / 2
     value = bon_baselines.bonbon_loss(best, worst, ref_best, ref_worst, 4, alpha=0.2).item()
@@ -1113,120 +1454,118 @@ def test_losses_of_the_baselines_by_hand():
 
 
 def test_bonbon_balances_its_terms():
-    best = torch.tensor([-10.0, -12.0], dtype=torch.double, requires_grad=True)
-    others = [torch.tensor(x).double() for x in ([-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0])]
-    loss = bon_baselines.bonbon_loss(best, *others, 4)
+    best, *others = doubles([-10.0, -12.0], [-9.0, -14.0], [-11.0, -11.0], [-9.5, -12.0])
+    fixed = best.clone().requires_grad_()
+    loss = bon_baselines.bonbon_loss(best.requires_grad_(), *others, 4)
     loss.backward()
     likelihood, contrast = 11.0, bon_baselines.bonbon_loss(best.detach(), *others, 4, alpha=0).item()
     alpha = contrast / (likelihood + contrast)
-    assert alpha * likelihood == pytest.approx((1 - alpha) * contrast) and loss.item() == pytest.approx(2 * alpha * likelihood)
-    fixed = best.detach().clone().requires_grad_(True)
+    assert alpha * likelihood == pytest.approx((1 - alpha) * contrast)
+    assert loss.item() == pytest.approx(2 * alpha * likelihood)
     bon_baselines.bonbon_loss(fixed, *others, 4, alpha=alpha).backward()
-    torch.testing.assert_close(best.grad, fixed.grad)  # nothing flows through α
+    close(best.grad, fixed.grad)  # nothing flows through α
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_losses_agree_with_trl(kind):
-    """TRL's DPOTrainer on the same log-probabilities; its IPO is per token, so responses of one token are compared."""
+    """TRL's DPOTrainer on the same log-probabilities; its IPO is per token: responses of one token are compared."""
     pytest.importorskip("trl")
     from collections import defaultdict
-    from types import SimpleNamespace
     from unittest.mock import MagicMock
     from trl import DPOTrainer
-    generator = torch.Generator().manual_seed(0)
     tokens, beta, N = 1 if kind == "ipo" else 5, 0.3, 8
-    ids, ref = torch.randint(20, (6, 3 + tokens), generator=generator), -5 * torch.rand(6, generator=generator)
-    logits = torch.randn(6, 3 + tokens, 20, generator=generator)
+    ids, ref = torch.randint(20, (6, 3 + tokens), generator=seeded()), -5 * torch.rand(6, generator=seeded())
+    logits = torch.randn(6, 3 + tokens, 20, generator=seeded())
     mask = (torch.arange(3 + tokens) >= 3).long().expand(6, -1)
-    trainer = MagicMock(aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[kind],
-                        loss_weights=[1.0], beta=beta if kind == "sigmoid" else bon_baselines.bonbon_beta(N), use_weighting=False,
-                        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
+    trainer = MagicMock(
+        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
+        loss_types=[kind], loss_weights=[1.0], use_weighting=False, _total_train_tokens=0,
+        beta=beta if kind == "sigmoid" else bon_baselines.bonbon_beta(N),
+        _metrics=defaultdict(lambda: defaultdict(list)))
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
               "ref_chosen_logps": ref[:3], "ref_rejected_logps": ref[3:]}
-    expected = DPOTrainer._compute_loss(trainer, lambda **_: SimpleNamespace(logits=logits), inputs, False)
-    chosen, rejected = vbon.token_log_probs(logits[:, 2:-1], ids[:, 3:]).sum(1).chunk(2)
-    ours = (bon_baselines.dpo_loss(chosen, rejected, ref[:3], ref[3:], beta) if kind == "sigmoid" else
-            bon_baselines.bonbon_loss(chosen, rejected, ref[:3], ref[3:], N, alpha=0.0))
+    expected = DPOTrainer._compute_loss(trainer, lambda **_: types.SimpleNamespace(logits=logits), inputs, False)
+    pair = vbon.token_log_probs(logits[:, 2:-1], ids[:, 3:]).sum(1).chunk(2)
+    ours = (bon_baselines.dpo_loss(*pair, ref[:3], ref[3:], beta) if kind == "sigmoid" else
+            bon_baselines.bonbon_loss(*pair, ref[:3], ref[3:], N, alpha=0.0))
     torch.testing.assert_close(ours, expected)
 
 
 def test_bonbons_identity_on_the_toy(toy):
-    """E[log-ratio of the best] − E[log-ratio of the worst] = (N−1)·H_{N−1} under exact Best-of-N. Exact for a continuous reward;
-    the toy's responses have mass, which the difference of F at their two ends bounds."""
-    args, _, task, _ = toy
+    """E[log-ratio of the best] − E[log-ratio of the worst] = (N−1)·H_{N−1} under exact Best-of-N, for a continuous
+    reward; the toy's responses have mass, which the difference of F at their two ends bounds."""
     N = 4
-    world = vbon.exact_world(task, vbon.Args(**TOY | {"out": "x", "N": N}))
-    F, p = world["log_F"].exp(), world["log_ref"].exp()
+    world = vbon.ExactWorld(toy[0], toy_args(N=N))
+    F, p, best = (x.exp() for x in (world.log_F, world.log_ref, world.log_bon))
     worst = (1 - F).clamp(min=0) ** N - (1 - F - p).clamp(min=0) ** N
-    best = world["log_bon"].exp()
-    log_ratio = world["log_bon"] - world["log_ref"]
+    close(worst.sum(1), torch.ones(4).double(), atol=1e-4)
+    value = ((best - worst) * (world.log_bon - world.log_ref)).sum(1)
     expected = (N - 1) * sum(1 / k for k in range(1, N))
-    value = ((best - worst) * log_ratio).sum(1)
-    torch.testing.assert_close(worst.sum(1), torch.ones(4).double(), atol=1e-4, rtol=0)
-    assert (1 / (2 * bon_baselines.bonbon_beta(N))) == pytest.approx(expected)
+    assert 1 / (2 * bon_baselines.bonbon_beta(N)) == pytest.approx(expected)
     assert ((value / expected - 1).abs() < 0.05).all(), value / expected
 
 
-def test_pairs_are_ordered_and_log_probs_are_those_of_sampling(toy, tmp_path, monkeypatch):
-    args, _, task, _ = toy
-    monkeypatch.chdir(tmp_path)
-    import random
-    baseline = bon_baselines.Args(objective="dpo", task="toy", **{k: v for k, v in TOY.items() if k != "rollouts"}, N=5, unfrozen_layers=1)
-    samples = vbon.reference_samples(task, baseline, DEVICE, keep_tokens=True)
-    reward = {(prompt, tuple(t)): r for (split, prompt), (rewards, tokens) in samples.items() if split == "train" for r, t in zip(rewards.tolist(), tokens)}
-    pairs = list(itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts, baseline, random.Random(0)), 100))
-    assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in pairs) and len({p for p, _, _ in pairs}) == 4
-    baseline.objective = "bonbon"
-    gaps = [(reward[p, tuple(y)], reward[p, tuple(z)]) for p, y, z in
-            itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts, baseline, random.Random(0)), 2000)]
-    for end, sign in ((0, 1), (1, -1)):  # the mean over random groups of N is the unbiased estimate
-        expected = np.mean([sign * bon_baselines.expected_best_of_n(sign * samples["train", p][0], 5).item() for p in task.train_prompts])
-        values = [g[end] for g in gaps]
-        assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / math.sqrt(len(values)))
-    baseline.objective = "dpo"
-    one_pass = list(itertools.islice(bon_baselines.training_pairs(samples, task.train_prompts[:1], baseline, random.Random(0)), 12))
-    assert len({tuple(y) for pair in one_pass for y in pair[1:]}) <= 6  # twelve pairs of six responses
+def test_pairs_of_the_baselines(toy, tmp_path):
+    args = bon_baselines.Args(**TOY, objective="dpo", N=5, device="cpu", out="x", samples=str(tmp_path / "samples"))
+    task = toy[0]
+    samples = vbon.reference_samples(task, args, keep_tokens=True)
+    reward = {(prompt, tuple(y)): r for (split, prompt), (rewards, tokens) in samples.items() if split == "train"
+              for r, y in zip(rewards.tolist(), tokens)}
+
+    def pairs(number, prompts=task.train_prompts):
+        stream = bon_baselines.training_pairs(samples, prompts, args, random.Random(0))
+        return list(itertools.islice(stream, number))
+    some = pairs(100)
+    assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in some) and len({p for p, *_ in some}) == 4
+    one_pass = pairs(12, task.train_prompts[:1])
+    assert len({tuple(y) for _, *both in one_pass for y in both}) <= 6  # twelve pairs of six responses
+    args.objective = "bonbon"
+    gaps = [[reward[p, tuple(y)], reward[p, tuple(z)]] for p, y, z in pairs(2000)]
+    for values, sign in zip(zip(*gaps), (1, -1)):  # the mean over random groups of N is the unbiased estimate
+        expected = np.mean([sign * bon_baselines.expected_best_of_n(sign * samples["train", p][0], 5).item()
+                            for p in task.train_prompts])
+        assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / math.sqrt(2000))
+
+
+@pytest.mark.parametrize("K", [1, -1])
+def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
+    task, args = toy[0], bon_baselines.Args(**TOY, objective="dpo", temperature=0.7, unfrozen_layers=K, device="cpu",
+                                            out="x")
     policy, _ = vbon.make_policy(task.ref, 1)
     with torch.no_grad():
         for p in policy.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    baseline.temperature = 0.7
-    prompts = [["the plot was", "plot was", "the the acting was"][i % 3] for i in range(12)]  # padded on the left, then
-    prompt_ids, uniforms = [task.encode(p) for p in prompts], torch.rand(12, 3, generator=torch.Generator().manual_seed(1))
-    tokens, mask, of_policy, _ = vbon.generate(policy, prompt_ids, uniforms, task.tokenizer.eos_token_id, 0.7)
-    responses = [t[m].tolist() for t, m in zip(tokens, mask)]
-    for K in (1, -1):
-        baseline.unfrozen_layers = K
-        log_pi, log_ref = bon_baselines.response_log_probs(policy, task.ref, task, prompts, responses, baseline, DEVICE)
-        torch.testing.assert_close(log_pi.detach(), of_policy.sum(1), atol=1e-4, rtol=1e-4)
-        for i in range(12):
-            with torch.no_grad():
-                log_probs = (task.ref(torch.tensor([prompt_ids[i] + responses[i]])).logits[0] / 0.7).log_softmax(-1)
-            places = range(len(prompt_ids[i]) - 1, len(prompt_ids[i]) + len(responses[i]) - 1)
-            assert log_ref[i].item() == pytest.approx(sum(log_probs[t, y].item() for t, y in zip(places, responses[i])), abs=1e-4)
-        assert log_pi.requires_grad and not log_ref.requires_grad and not torch.allclose(log_pi.detach(), log_ref, atol=0.1)
-
-
-BASELINE_TOY = [str(x) for k, v in (TOY | {"episodes": 4096, "minibatch": 64}).items() for x in ("--" + k.replace("_", "-"), v)]
+                p.add_(0.1 * torch.randn(p.shape, generator=seeded()))
+    prompts = ["the plot was", "plot was", "the the acting was"] * 4  # padded on the left, then
+    ids, uniforms = [task.encode(p) for p in prompts], torch.rand(12, 3, generator=seeded(1))
+    rollout = vbon.generate(policy, ids, uniforms, task.tokenizer.eos_token_id, 0.7)
+    responses = vbon.token_lists(rollout)
+    log_pi, log_ref = bon_baselines.response_log_probs(policy, task, prompts, responses, args)
+    assert log_pi.requires_grad and not log_ref.requires_grad
+    close(log_pi.detach(), rollout.log_probs.sum(1), atol=1e-4, rtol=1e-4)
+    for prompt, response, found in zip(ids, responses, log_ref):
+        with torch.no_grad():
+            log_probs = (task.ref(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1)
+        assert found.item() == pytest.approx(log_probs[range(len(response)), response].sum().item(), abs=1e-4)
+    assert not torch.allclose(log_pi, log_ref, atol=0.1)
 
 
 @pytest.fixture(scope="module")
 def baselines(toy):
-    os.chdir(toy[3])
+    """The folder of the toy's runs, with one of each method beside them."""
     for method in bon_baselines.METHODS:
-        assert bon_baselines.main([method, "--N", "4", *BASELINE_TOY, "--out", method]) == 0
-    return toy[3]
+        argv = flags(TOY, N=4, episodes=4096, out=toy[1] / method, samples=toy[1] / "samples.jsonl")
+        succeeded(call(method, *argv, script=bon_baselines))
+    return toy[1]
 
 
 @pytest.mark.parametrize("method", bon_baselines.METHODS)
 def test_baselines_on_the_toy(baselines, method):
-    result = json.load(open(baselines / method / "result.json"))
-    reference = json.load(open(baselines / "one/result.json"))
-    assert set(reference) - {"seconds_sampling", "exact/kl_to_bon_of_optimum", "episodes", "kl_to_ref_plain", "kl_to_ref_plain_se",
-                             "kl_to_ref_k3", "kl_to_ref_k3_se"} <= set(result)
-    assert result["exact/win_rate"] > 0.6 and result["exact/kl_to_ref"] > 0.1 and result["exact/reward"] > result["ref/reward"] + 0.5
+    result, reference = (read_json(baselines / run / "result.json") for run in (method, "one"))
+    assert set(reference) - {"seconds_sampling", "exact/kl_to_bon_of_optimum", "episodes"} <= set(result)
+    assert result["exact/win_rate"] > 0.6 and result["exact/kl_to_ref"] > 0.1
+    assert result["exact/reward"] > result["ref/reward"] + 0.5
     if method == "bon":  # what was drawn agrees with what is known
         for name in ("reward", "win_rate", "kl_to_ref"):
             assert result[name] == pytest.approx(result["exact/" + name], abs=4 * result[name + "_se"])
@@ -1236,31 +1575,43 @@ def test_baselines_on_the_toy(baselines, method):
         assert result["exact/kl_to_bon"] > 0 and (baselines / method / "policy/model.safetensors").exists()
 
 
+def test_bon_over_a_trained_run_leaves_no_policy(toy, tmp_path):
+    run = Path(shutil.copytree(toy[1] / "one", tmp_path / "run"))
+    argv = ["bon", *flags(TOY, N=4, out=run, samples=toy[1] / "samples.jsonl")]
+    refused(call(*argv, script=bon_baselines), "--overwrite", script="bon_baselines.py")
+    assert (run / "policy").exists()
+    succeeded(call(*argv, "--overwrite", script=bon_baselines))
+    assert not (run / "policy").exists() and read_json(run / "result.json")["objective"] == "bon"
+
+
 def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for method in bon_baselines.METHODS:
-        assert bon_baselines.main([str(a) for a in [method, *IMDB, *own(pieces), "--out", method]]) == 0
-        result = json.load(open(f"{method}/result.json"))
+        succeeded(call(method, *flags(own(pieces), out=method), script=bon_baselines))
+        result = read_json(Path(method) / "result.json")
         assert 0 < result["reward"] < 1 and 0 <= result["win_rate"] <= 1
-    assert len(list(Path("samples").iterdir())) == 1  # all of them learn from one file
+    assert len(list(Path("samples").glob("*.jsonl"))) == 1  # all of them learn from one file
 
 
 @pytest.mark.parametrize("argv, word", [
-    ([], "bon-sft"), (["ppo"], "bonbon"), (["bonbon", "--N", "2.5"], "whole number"), (["dpo", "--beta", "0"], "--beta"),
-    (["bonbon", "--alpha", "2"], "--alpha"), (["dpo", "--minibatch", "64", "--episodes", "32"], "--episodes"), (["dpo", "--ref", "gpt2"], "--task imdb"),
-    (["bon", "--max-new-tokens", "6"], "at most 4")])
-def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch, capsys):
+    ("", "objective"), ("ppo", "bonbon"), ("bonbon --N 2.5", "whole number"), ("dpo --beta 0", "--beta"),
+    ("bonbon --alpha 2", "--alpha"), ("dpo --minibatch 64 --episodes 32", "--episodes"),
+    ("dpo --ref gpt2", "--task imdb"), ("bon --max-new-tokens 6", "at most 4"), ("bon --seed 1e30", "--seed")])
+def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert bon_baselines.main(argv) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("bon_baselines.py: ") and word in line and not os.listdir(tmp_path)
+    refused(call(*argv.split(), script=bon_baselines), word, script="bon_baselines.py")
+    assert not os.listdir(tmp_path)
 
 
-# --- evaluate.py ------------------------------------------------------------------------------------------------------
+# --- evaluate.py --------------------------------------------------------------------------------------------------
+
+
+def evaluated(*argv):
+    return succeeded(call(*argv, script=evaluate)).stdout
 
 
 def test_pareto_front_by_brute_force():
-    points = torch.randint(0, 6, (60, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    points = torch.randint(0, 6, (60, 2), generator=seeded()).tolist()
     expected = [not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points) for x, y in points]
     assert evaluate.pareto_front(points).tolist() == expected and 0 < sum(expected) < 60
     assert evaluate.pareto_front([(1.0, 2.0)]).tolist() == [True]
@@ -1274,90 +1625,106 @@ def test_kolmogorov_smirnov():
     assert evaluate.kolmogorov_smirnov(a, a) == (0, 1)
     D, p = evaluate.kolmogorov_smirnov(a, a + 1000)
     assert D == 1 and p < 1e-20
-    generator, rejected = torch.Generator().manual_seed(0), 0
+    generator, rejected = seeded(), 0
     for _ in range(400):  # two samples of one law are told apart in about 5 % of cases
-        rejected += evaluate.kolmogorov_smirnov(torch.rand(100, generator=generator), torch.rand(200, generator=generator))[1] < 0.05
+        two = (torch.rand(n, generator=generator) for n in (100, 200))
+        rejected += evaluate.kolmogorov_smirnov(*two)[1] < 0.05
     assert 6 <= rejected <= 34
-    assert evaluate.kolmogorov_smirnov(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5]))[0] == pytest.approx(0.5)
+    two = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5])
+    assert evaluate.kolmogorov_smirnov(*two)[0] == pytest.approx(0.5)
 
 
-def test_evaluate_table_csv_and_figures(toy, baselines, tmp_path, capsys):
-    runs = [str(toy[3] / name) for name in ("one", "three")]
-    assert evaluate.main([*runs, "--csv", str(tmp_path / "toy.csv"), "--figures", str(tmp_path), "--curves"]) == 0
-    table = capsys.readouterr().out
-    results = [json.load(open(f"{run}/result.json"))["exact/kl_to_bon"] for run in runs]
-    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(2):.3f}" in table and "N = 16, closed forms" in table
-    assert len((tmp_path / "toy.csv").read_text().splitlines()) == 3
-    assert evaluate.main([*runs, *(str(baselines / m) for m in bon_baselines.METHODS), "--figures", str(tmp_path), "--responses", "1"]) == 0
-    table = capsys.readouterr().out
-    assert all(name in table for name in ("vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "share of the Pareto front", "the acting was"))
-    for name in ("toy.png", "toy-pareto.png", "toy-distance.png"):
+def test_evaluate_table_csv_and_figures(baselines, tmp_path):
+    runs = [baselines / name for name in ("one", "three")]
+    table = evaluated(*runs, "--csv", tmp_path / "toy.csv", "--figures", tmp_path, "--curves")
+    results = [read_json(run / "result.json")["exact/kl_to_bon"] for run in runs]
+    assert f"{np.mean(results):.3f} ± {np.std(results, ddof=1) / math.sqrt(2):.3f}" in table
+    assert "N = 16, closed forms" in table and len((tmp_path / "toy.csv").read_text().splitlines()) == 3
+    methods = [baselines / method for method in bon_baselines.METHODS]
+    table = evaluated(*runs, *methods, "--figures", tmp_path, "--responses", 1)
+    assert all(name in table for name in ("vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "BoNBoN, N = 4",
+                                          "share of the Pareto front", "the acting was"))
+    evaluated(*runs, "--figures", tmp_path, "--against", "seconds_sampling")
+    for name in ("toy.png", "toy-pareto.png", "toy-distance.png", "toy-M.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_nearest_bon_of_bon_is_itself(baselines, monkeypatch):
-    monkeypatch.chdir(baselines)
-    run = evaluate.add_nearest_bon(evaluate.read_run("bon"))
-    assert run["result"]["exact/nearest_N"] == pytest.approx(4, rel=0.05) and run["result"]["exact/kl_to_nearest_bon"] < 1e-3
+def test_the_nearest_bon_of_bon_is_itself(baselines):
+    run = evaluate.add_nearest_bon(evaluate.read_run(str(baselines / "bon")))["result"]
+    assert run["exact/nearest_N"] == pytest.approx(4, rel=0.05) and run["exact/kl_to_nearest_bon"] < 1e-3
 
 
-def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch, capsys):
+def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    judge = tmp_path / "second/reward"
     save_small_models(tmp_path / "second", seed=5)
     for method in ("bon", "dpo"):
-        assert bon_baselines.main([str(a) for a in [method, *IMDB, *own(pieces), "--out", method]]) == 0
-    assert evaluate.main(["bon", "dpo", "--temperatures", "0.5", "1", "--reward", str(tmp_path / "second/reward"), "--figures", "figures"]) == 0
-    out = capsys.readouterr().out
+        succeeded(call(method, *flags(own(pieces), out=method), script=bon_baselines))
+    argv = ["bon", "dpo", "--temperatures", "0.5", "1", "--reward", judge]
+    out = evaluated(*argv, "--figures", "figures")
     assert "T = 0.5" in out and "judge reward" in out and Path("figures/imdb-temperatures.png").exists()
     (path,) = Path("dpo").glob("eval-T1-*.json")
-    anew, own_result = json.load(open(path))["result"], json.load(open("dpo/result.json"))
-    assert anew["reward"] != own_result["reward"] and anew["kl_to_ref"] == pytest.approx(own_result["kl_to_ref"], rel=1e-4)  # same responses
+    anew, before = read_json(path)["result"], read_json("dpo/result.json")
+    assert anew["reward"] != before["reward"]
+    assert anew["kl_to_ref"] == pytest.approx(before["kl_to_ref"], rel=1e-4)  # the same responses
+    table = out[:out.index("figures")]
+    assert evaluated(*argv).startswith(table)  # read from the cache …
+    save_small_models(tmp_path / "second", seed=6)
+    assert not evaluated(*argv).startswith(table)  # … which goes by what the judge is, not by where
 
 
-def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_samples_needed(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two jobs at a time
-    argv = ["--sweep", "small", "--jobs", "2", "--figures", "figures", "--", *(str(x) for k, v in TOY.items() for x in ("--" + k.replace("_", "-"), v))]
-    monkeypatch.setitem(evaluate.SWEEPS, "small", {"vbon": ("N", [2], 1), "bound": ("beta", [1 / 3], 1)})
-    assert evaluate.main(argv) == 0
-    stamps = {path: path.stat().st_mtime for path in Path("sweeps").rglob("result.json")}
-    assert len(stamps) == 2
-    capsys.readouterr()
-    removed = next(iter(stamps))
-    removed.unlink()
-    monkeypatch.setitem(evaluate.SWEEPS, "small", {"vbon": ("N", [2, 4], 1), "bound": ("beta", [1 / 3], 1), "bon-sft": ("N", [40], 1)})
-    assert evaluate.main(argv) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("vBoN, N = 2", "vBoN, N = 4", "L bound, N = 4", "BoN-SFT, N = 40, M = 400", "figures/toy-bound.png"))
-    assert all((path.stat().st_mtime == stamp) == (path != removed) for path, stamp in stamps.items()) and len(list(Path("sweeps").rglob("result.json"))) == 4
-    capsys.readouterr()
-    assert evaluate.main([*argv, "--clip", "0.5"]) == 2  # what is there was made otherwise
-    assert "trained with other clip" in capsys.readouterr().err
-
-
-def test_samples_needed(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = vbon.Args(**TOY | {"samples": "s.jsonl", "M": 600, "out": "x"})
-    vbon.reference_samples(toy[2], args, DEVICE)
-    assert evaluate.main(["--log-F", "s.jsonl", "--figures", "."]) == 0
-    out = capsys.readouterr().out
+    vbon.reference_samples(toy[0], toy_args(samples="samples", M=600))
+    out = evaluated("--log-F", "samples", "--figures", ".")
     assert "4 prompts" in out and Path("log_F.png").exists()
-    statistics = [float(line.split()[-1]) for line in out.splitlines() if line.strip().split()[0].isdigit() and "prompts" not in line]
+    rows = [line.split() for line in out.splitlines() if line.split()[0].isdigit() and "prompts" not in line]
+    statistics = [float(row[-1]) for row in rows]
     assert len(statistics) == 6 and statistics[0] > statistics[-1]
 
 
-def test_evaluate_refuses(toy, baselines, pieces, tmp_path, monkeypatch, capsys):
+def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    assert bon_baselines.main([str(a) for a in ["bon", *IMDB, *own(pieces), "--out", "imdb"]]) == 0
-    copy = shutil.copytree(toy[3] / "one", tmp_path / "copy")
-    (tmp_path / "few.jsonl").write_text('{"vbon_samples": 3}\n')
-    for argv, word in ((["run"], "not a finished run"), ([str(toy[3] / "one"), "imdb"], "different tasks"), ([], "nothing to evaluate"),
-                       (["imdb", "--reward", "no/such-judge"], "--reward"), ([str(toy[3] / "one"), "--reward", "x"], "--task imdb"),
-                       (["--log-F", "few.jsonl"], "600 samples"), (["--log-F", "none.jsonl"], "no such file"), (["--nonsense"], "--nonsense"),
-                       (["--sweep", "small", "--", "--N", "3"], "sets --N"), (["--sweep", "small", "--", "--lr", "-3"], "--lr must be"),
-                       (["--sweep", "small", "--jobs", "0"], "--jobs"), ([str(toy[3] / "one"), str(copy)], "a seed comes twice"), (["--temperatures", "hot"], "--temperatures")):
-        capsys.readouterr()
-        assert evaluate.main(argv) == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("evaluate.py: ") and word in line, line
+    argv = flags(own(pieces))
+    succeeded(call(*argv, "--samples", "s.jsonl", "--out", "a"))
+    columns = {True: {"prompt", "text", "reward"}, False: {"prompt", "responses", "rewards"}}
+    for flat, names in columns.items():
+        evaluated("--export", "s.jsonl", "theirs.jsonl", *["--flat"] * flat)
+        assert set(read_lines("theirs.jsonl")[0]) == names
+        Path("own.jsonl").unlink(missing_ok=True)
+        out = evaluated("--import-samples", "theirs.jsonl", "own.jsonl", "--", *argv)
+        assert "samples of 6 of the 6 training prompts" in out
+        again = succeeded(call(*argv, "--samples", "own.jsonl", "--out", "b", "--overwrite"))
+        assert same(weights(Path("a")), weights(Path("b"))), again  # the same F, and so the same run
+    prompt = read_lines("s.jsonl")[1]["prompts"][0]
+    write_lines(Path("echo.jsonl"), [{"prompt": prompt, "responses": [prompt + "!"] * 5, "rewards": [1, 2, 3, 4, 5]}])
+    evaluated("--import-samples", "echo.jsonl", "echo", "--", *argv)
+    assert read_lines("echo")[1]["responses"] == [[prompt + "!"] * 5]  # a response may begin as its prompt does
+    content = Path("s.jsonl").read_bytes()
+    refused(call("--export", "s.jsonl", "s.jsonl", script=evaluate), "s.jsonl", script="evaluate.py")
+    assert Path("s.jsonl").read_bytes() == content
+    good = json.dumps({"prompt": prompt, "text": prompt + "y", "reward": 1}).encode() + b"\n"
+    for bad in (good.replace(b": 1", b": NaN"), good.replace(b": 1", b": null"), b"\x80\x00\n",
+                good.decode().encode("utf-16"), good.replace(b"y", b"\\ud800"), b"[" * 100_000 + b"]" * 100_000 + b"\n",
+                b'{"prompt": "x", "text": "y", "reward": 1}\n', b'{"prompt": "x", "responses": "y", "rewards": [1]}\n'):
+        Path("bad.jsonl").write_bytes(good + bad)
+        result = call("--import-samples", "bad.jsonl", "new.jsonl", "--", *argv, script=evaluate)
+        refused(result, "bad.jsonl, line 2", script="evaluate.py")
+    assert not Path("new.jsonl").exists()
+
+
+def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    succeeded(call("bon", *flags(own(pieces), out="imdb"), script=bon_baselines))
+    one, copied = baselines / "one", shutil.copytree(baselines / "one", "copied")
+    Path("few").write_text('{"vbon_samples": 4}\n')
+    Path("old").write_text('{"vbon_samples": 3}\n')
+    for argv, word in ((["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
+                       (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
+                       (["--log-F", "few"], "600 samples"), (["--log-F", "none"], "no such file"),
+                       (["--log-F", "old"], "vbon_samples"), (["--nonsense"], "--nonsense"),
+                       (["imdb", "--figures", "x", "--curves"], "--curves"), ([one, copied], "a seed comes twice"),
+                       ([one, "--temperatures", "hot"], "--temperatures"), ([one, "--", "--N", "3"], "--"),
+                       ([one, "--temperatures", "-1"], "--temperatures")):
+        refused(call(*argv, script=evaluate), word, script="evaluate.py")

@@ -1,21 +1,36 @@
 #!/usr/bin/env python3
 """Variational Best-of-N alignment (vBoN), from scratch, in one file.
 
-Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and keeps the best. vBoN fine-tunes a policy
-π_θ so that ONE sample from it is distributed like that best one: it minimizes KL(π_θ ‖ π_bon) with PPO.
-(Amini, Vieira, Ash, Cotterell: "Variational Best-of-N Alignment", ICLR 2025. Equation numbers below are theirs.)
+Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and keeps the best. vBoN fine-tunes a
+policy π_θ so that ONE sample from it is distributed like that best one: PPO minimizes KL(π_θ ‖ π_bon).
+(Amini, Vieira, Ash, Cotterell: "Variational Best-of-N Alignment", ICLR 2025. Equation numbers are theirs.)
 
-    python vbon.py                                     # toy: nothing to download, π_bon known exactly, about two minutes
-    python vbon.py --task imdb --N 16                  # the paper's sentiment task, from the Hugging Face hub
-    python vbon.py --task imdb --N 16 --ref DIR --reward DIR --dataset DIR     # the same with your own pieces
-    python vbon.py --objective rlhf --beta 0.1         # the baseline: KL-constrained RL with the same PPO
-    python vbon.py --help                              # every flag, its meaning and its default in each task
+    python vbon.py                                # toy: nothing to download, π_bon known exactly, two minutes
+    python vbon.py --task imdb --N 16             # the paper's sentiment task, from the Hugging Face hub
+    python vbon.py --task imdb --N 16 --ref DIR --reward DIR --dataset DIR    # with your own pieces
+    python vbon.py --objective rlhf --beta 0.1    # the baseline: KL-constrained RL with the same PPO
+    torchrun --nproc_per_node=2 vbon.py --task imdb
+    python vbon.py --help
 
-The file reads from top to bottom:  1 mathematics  ·  2 settings  ·  3 tasks  ·  4 sampling  ·  5 log F  ·  6 PPO  ·
-7 training and evaluation  ·  8 plumbing (files, loading, vLLM, several processes), which you may pass over; of what is there,
-`reference_samples` draws and stores the M samples and `decode` makes texts of tokens. Section 1 and the losses of section 6 are
-pure functions of tensors: copy them out as they are.
-All logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, P prompts.
+Algorithm 1:
+
+    draw M responses of π_ref to every prompt, score and store them
+    π_θ ← π_ref
+    repeat: sample one response y to each of a batch of prompts
+            F̂ = share of the prompt's M rewards that lie below r(y)
+            reward: log π_bon(y) − log π_ref(y) at the end, −(log π_θ − log π_ref) on every token, all over N
+            GAE, whitened advantages, clipped losses, a few epochs
+
+Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 the
+test of a policy, 7 the toy, 8 tasks with real models, 9 π_ref's samples, 10 what makes it fast, 11 processes,
+files and the command line. The mathematics and the losses are pure functions of tensors, to copy out.
+
+Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
+adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
+values, where a head on the policy does; training the reward model.
+
+Logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, H the width
+of a hidden state, P a number of prompts, M the samples of π_ref to a prompt.
 """
 import argparse
 import copy
@@ -27,13 +42,13 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
+import re
 import shutil
-import signal
 import sys
 import time
-import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Callable
@@ -41,43 +56,37 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-# ======================================================================================================================
-# 1. The mathematics
-# ======================================================================================================================
+# ========== 1. Mathematics ==================================================================================
 
 
 def log_bon_pmf(log_F, log_p, N):
-    """log π_bon(y), the exact log-probability that Best-of-N returns the response y (Prop. 1, Eq. 4), in nats.
+    """log π_bon(y) in nats: the probability that Best-of-N returns the response y (Prop. 1, Eq. 4), exact.
 
-    π_bon(y) = (F + p)^N − F^N: all N samples rank at most as high as y, but not all of them strictly lower. The paper
-    writes it as the binomial sum Σ_i C(N,i) F^(N−i) p^i, which is the same number but costs O(N) and overflows.
+    π_bon(y) = (F + p)^N − F^N: all N samples rank at most as high as y, but not all of them strictly lower.
+    The paper writes it as Σ_i C(N,i) F^(N−i) p^i, which is the same number but costs O(N) and overflows.
 
-    log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included, prompt not.
-    N: real, at least 1. All broadcast. Relative accuracy 1e-10 in float64 (absolute below 1), differentiable.
-    Raises ValueError where N < 1.
+    log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included,
+    prompt not. N: real, at least 1, else ValueError. All broadcast. Computed in float64 to a relative
+    accuracy of 1e-10 (absolute below 1), returned in the dtype that was passed; differentiable.
     """
-    log_F, log_p = torch.as_tensor(log_F), torch.as_tensor(log_p)
-    N = torch.as_tensor(N, dtype=torch.result_type(log_F, log_p), device=log_p.device)
+    dtype = torch.promote_types(*(x.dtype if torch.is_tensor(x) else torch.double for x in (log_F, log_p)))
+    log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
         raise ValueError(f"N must be at least 1, not {N.min().item():g}")
-    # log(F + p). Where the sum is near 1 its log is near 0, and N times a rounding error would show: there as log1p((e^high − 1) + e^low).
-    # (The clamp changes nothing there; it keeps the other rows, and their gradients, finite.)
-    high, low = torch.maximum(log_F, log_p), torch.minimum(log_F, log_p)
-    near_one = torch.log1p(torch.expm1(high.clamp(min=-1)) + torch.exp(low))
-    log_sum = torch.where(high > -0.7, near_one, torch.logaddexp(log_F, log_p))
-    # log π_bon = N log(F+p) + log(1 − (F/(F+p))^N) = N log(F+p) + log(−expm1(−N log1p(e^d))), with d = log p − log F.
-    # A real response has log p = −50 … −1000 and log F = 0 … −7, so e^d may underflow: then the second term is log N + d.
+    # π_bon = (F+p)^N · (1 − (F/(F+p))^N), and with d = log p − log F the ratio F/(F+p) is exp(−softplus(d)).
     d = torch.where(log_F == -torch.inf, torch.inf, log_p - log_F)
-    underflow = -600.0 if d.dtype == torch.float64 else -80.0
-    log_not_all_below = torch.log(-torch.expm1(-N * torch.logaddexp(d.clamp(min=underflow), torch.zeros_like(d))))
-    return N * log_sum + torch.where(d < underflow, torch.log(N) + d, log_not_all_below)
+    log_factor = torch.log(-torch.expm1(-N * nn.functional.softplus(d.clamp(min=-600))))
+    # A real response has log p = −50 … −1000 and log F = 0 … −7. Where e^d underflows, the factor is N·e^d.
+    log_factor = torch.where(d < -600, torch.log(N) + d, log_factor)
+    log_pmf = N * torch.logaddexp(log_F, log_p) + log_factor
+    return log_pmf.to(dtype) if dtype.is_floating_point else log_pmf
 
 
 def bon_kl(N):
-    """KL(π_bon ‖ π_ref) = log N − (N−1)/N nats for a continuous reward; an upper bound when single responses have mass."""
+    """KL(π_bon ‖ π_ref) = log N − (N−1)/N nats for a continuous reward; else an upper bound."""
     return math.log(N) - (N - 1) / N
 
 
@@ -89,42 +98,31 @@ def bon_win_rate(N):
 ESTIMATORS = ("log_mean", "add_one", "posterior")
 
 
-def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_order=None):
-    """Monte Carlo estimate of log F(y) = log P(r(y') < r(y)), y' ~ π_ref, from M samples of the same prompt (Eq. 6, 7).
+def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
+    """Monte Carlo estimate of log F(y) = log P(r(y') < r(y)), y' ~ π_ref, from M samples (Eq. 6, 7).
 
-    rewards: (...). ref_rewards: (..., M), or (M,) for all. Returns log F̂ (...), float64, nats. With k = #{m : r'_m < r}:
-      "log_mean"   log(k/M)          the paper's: the log of the mean. Consistent, biased, −inf at k = 0
-      "add_one"    log((k+1)/(M+1))  the authors' code: always finite
-      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref, since then F | k ~ Beta(k+1, M−k+1)
-    Only ranks enter, so a strictly increasing map of all rewards changes nothing, not even a bit (App. C).
-    order (...), ref_order (..., M): breaks ties by a total order; tied samples that come earlier then count as lower.
-    Raises ValueError for another estimator, M = 0, a NaN, or one order without the other.
+    rewards: (...). ref_rewards: (..., M), or (M,) for all, of the same prompt. Returns log F̂ (...), float64,
+    nats. With k = #{m : r'_m < r}:
+      "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
+      "add_one"    log((k+1)/(M+1))  the authors' code. The default, for PPO can not learn from −inf
+      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref: then F | k ~ Beta(k+1, M−k+1)
+    Only ranks enter: an increasing map of all rewards changes nothing. To break ties by a total order
+    (App. C), pass ranks of (reward, order). Raises ValueError for M = 0, a NaN or another estimator.
     """
-    rewards, ref_rewards = torch.as_tensor(rewards), torch.as_tensor(ref_rewards)
+    rewards, ref_rewards = (torch.as_tensor(x, dtype=torch.double) for x in (rewards, ref_rewards))
     M = ref_rewards.shape[-1]
     if M == 0:
         raise ValueError("estimate_log_F needs at least one reference reward per prompt (M ≥ 1)")
     if rewards.isnan().any() or ref_rewards.isnan().any():
         raise ValueError("a reward is NaN: it has no rank")
-    if (order is None) != (ref_order is None):
-        raise ValueError("order and ref_order go together")
-    if order is not None:  # one integer key per sample that sorts by (reward, order)
-        def rank(a, b):
-            ranks = torch.unique(torch.cat([a.flatten(), b.flatten()]), return_inverse=True)[1]
-            return ranks[:a.numel()].view(a.shape), ranks[a.numel():].view(b.shape)
-        (r, ref_r), (o, ref_o) = rank(rewards, ref_rewards), rank(torch.as_tensor(order), torch.as_tensor(ref_order))
-        rewards, ref_rewards = r * (o.numel() + ref_o.numel()) + o, ref_r * (o.numel() + ref_o.numel()) + ref_o
-    dtype = torch.promote_types(rewards.dtype, ref_rewards.dtype)  # compared exactly: the narrower is widened, never the wider rounded
-    ascending = ref_rewards.to(dtype)
-    if (ascending[..., 1:] < ascending[..., :-1]).any():  # a caller that keeps them sorted pays for it once only
-        ascending = ascending.sort(-1).values
-    if ascending.ndim == 1:
-        k = torch.searchsorted(ascending, rewards.to(dtype).contiguous())
+    if (ref_rewards.diff() < 0).any():  # a caller that keeps them in order pays for it only once
+        ref_rewards = ref_rewards.sort(-1).values
+    if ref_rewards.ndim == 1:
+        k = torch.searchsorted(ref_rewards, rewards.contiguous()).double()
     else:
-        shape = torch.broadcast_shapes(rewards.shape, ascending.shape[:-1])
-        ascending, values = ascending.expand(*shape, M), rewards.to(dtype).expand(shape)
-        k = torch.searchsorted(ascending.contiguous(), values.unsqueeze(-1).contiguous()).squeeze(-1)
-    k = k.double()
+        shape = torch.broadcast_shapes(rewards.shape, ref_rewards.shape[:-1])
+        rows, values = ref_rewards.expand(*shape, M), rewards.expand(shape).unsqueeze(-1)
+        k = torch.searchsorted(rows.contiguous(), values.contiguous()).squeeze(-1).double()
     if estimator == "log_mean":
         return torch.log(k / M)
     if estimator == "add_one":
@@ -135,41 +133,30 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one", order=None, ref_or
 
 
 def fit_log_F(ref_rewards):
-    """The paper's smoothing of log F for summarization (§6): least-squares a, b of f(r) = −a·exp(−b·r), a > 0, b > 0.
+    """The paper's smoothing of log F for summarization (§6): least squares of −a·exp(−b·r), a, b > 0.
 
-    The curve is fitted to (sorted rewards, log F̂ by add_one). ref_rewards: (..., M). Returns a, b, each (...), float64;
-    `smooth_log_F(r, a, b)` evaluates. For a given b the best a is in closed form, so that only b is searched for:
-    a grid over its scale, then golden sections. Raises ValueError for M < 3 or a non-finite reward.
+    The curve is fitted to (sorted rewards, log F̂ by add_one). ref_rewards: (..., M). Returns a, b, each
+    (...), float64. For a given b the best a has a closed form, so that only b is searched for, on a grid
+    whose steps of 5 % are finer than the noise of F̂. Raises ValueError for M < 3 or a non-finite reward.
     """
-    r = torch.as_tensor(ref_rewards).double().sort(-1).values
+    r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
     M = r.shape[-1]
     if M < 3 or not r.isfinite().all():
         raise ValueError("fit_log_F needs at least 3 finite reference rewards per prompt")
-    y = estimate_log_F(r, r.unsqueeze(-2).expand(*r.shape, M)) if r.ndim > 1 else estimate_log_F(r, r)
-    scale = r.std(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)
-    z = (r - r[..., :1]) / scale  # from 0 up, so that no exponential overflows
-
-    def solve(log_b):  # (...,) -> the best a for this b, and the squared error that is left
-        e = torch.exp(-log_b.exp().unsqueeze(-1) * z)
-        a = -(y * e).sum(-1) / (e * e).sum(-1)
-        return a, (y + a.unsqueeze(-1) * e).square().sum(-1)
-
-    grid = torch.linspace(-7, 7, 57, dtype=r.dtype, device=r.device)
-    errors = torch.stack([solve(b.expand(r.shape[:-1]))[1] for b in grid])
-    best = grid[errors.argmin(0)]
-    low, high = best - 0.25, best + 0.25
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        go_left = solve(left)[1] < solve(right)[1]
-        low, high = torch.where(go_left, low, left), torch.where(go_left, right, high)
-    log_b = (low + high) / 2
-    a, b = solve(log_b)[0], log_b.exp() / scale.squeeze(-1)
-    a = a * torch.exp(b * r[..., 0])
+    log_F = torch.log((torch.searchsorted(r, r) + 1) / (M + 1)).unsqueeze(-2)
+    # In units of the spread, and from 0 up so that no exponential overflows.
+    spread = r.std(-1, keepdim=True)
+    spread = torch.where(spread > 0, spread, 1.0)
+    z = ((r - r[..., :1]) / spread).unsqueeze(-2)
+    b = torch.linspace(-7, 7, 281, dtype=r.dtype, device=r.device).exp()
+    e = torch.exp(-b.unsqueeze(-1) * z)  # (..., grid, M)
+    a = -(log_F * e).sum(-1) / e.square().sum(-1)
+    best = (log_F + a.unsqueeze(-1) * e).square().sum(-1).argmin(-1, keepdim=True)
+    b = b[best] / spread
+    a = a.gather(-1, best) * torch.exp(b * r[..., :1])
     if not a.isfinite().all():
-        raise ValueError("a = exp(b·r) overflows: the rewards lie far from 0 for their spread; subtract their mean first")
-    return a, b
+        raise ValueError("a = exp(b·r) overflows, for the rewards lie far from 0: subtract their mean first")
+    return a.squeeze(-1), b.squeeze(-1)
 
 
 def smooth_log_F(rewards, a, b):
@@ -181,18 +168,21 @@ OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
 
 
 def vbon_reward(log_F, log_p, N, objective="vbon"):
-    """What a response earns at its end, in nats. With a KL penalty of 1/N on every token it makes PPO maximize the objective:
+    """What a response earns at its end, in nats. With a KL penalty of 1/N on every token PPO then maximizes
 
-      −KL(π_θ ‖ π_bon) = E_{π_θ}[log π_bon(y) − log p(y)] − KL(π_θ ‖ π_ref),   p = π_ref,   all of it divided by N,
+      −KL(π_θ ‖ π_bon) = E_{π_θ}[log π_bon(y) − log p(y)] − KL(π_θ ‖ π_ref),   p = π_ref,   all of it over N,
 
-    which leaves the optimum alone and keeps rewards at one scale for every N. Before the division the reward is for
-      "vbon"    log π_bon(y) − log p         the objective itself                       (Eq. 5)
-      "bound"   (N−1) log F                  a lower bound of it, L                     (Thm. 2, Eq. 8)
-      "bound1"  γ log F + (β−1) log p        a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
-    log_F, log_p as in `log_bon_pmf`. Raises ValueError for another objective.
+    which leaves the optimum alone and keeps rewards at one scale for every N. Before the division it is for
+      "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
+      "bound"   (N−1) log F                a lower bound of it, L                       (Thm. 2, Eq. 8)
+      "bound1"  γ log F + (β−1) log p      a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
+    log_F, log_p, N as in `log_bon_pmf`. Raises ValueError where N < 1 or for another objective.
     """
-    log_F, log_p = torch.as_tensor(log_F), torch.as_tensor(log_p)
-    weighted_log_F = torch.zeros_like(log_F) if N == 1 else (N - 1) / N * log_F  # at N = 1 even F = 0 has no weight
+    log_F, log_p, N = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.double)
+                       for x in (log_F, log_p, N))
+    if not (N >= 1).all():
+        raise ValueError(f"N must be at least 1, not {N.min().item():g}")
+    weighted_log_F = torch.where(N == 1, 0.0, (N - 1) / N * log_F)  # at N = 1 even F = 0 has no weight
     if objective == "vbon":
         return (log_bon_pmf(log_F, log_p, N) - log_p) / N
     if objective == "bound":
@@ -202,18 +192,35 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     raise ValueError(f"unknown objective {objective!r}: choose from vbon, bound, bound1")
 
 
-# ======================================================================================================================
-# 2. Settings: every flag, its meaning and its default in each task
-# ======================================================================================================================
+# ========== 2. Settings =====================================================================================
+
+# What a flag is worth where the user does not set it. toy's recipe is ours, the others are the paper's.
+RECIPES = {
+    "toy": dict(
+        N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
+        train_prompts=4, test_prompts=512, test_M=1000,
+        episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, lam=1.0, value_coef=1.0,
+        lr=1e-3, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=-1, sample_batch=512, save_every=20),
+    "imdb": dict(
+        ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
+        N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
+        train_prompts=5000, test_prompts=512, test_M=64,
+        episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=1.0,
+        lr=3e-5, lr_schedule="constant", adam_eps=1e-8, unfrozen_layers=2, sample_batch=512, save_every=25),
+    "tldr": dict(
+        ref="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
+        reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
+        dataset="vwxyzjn/summarize_from_feedback_tldr_3_filtered",
+        N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
+        train_prompts=5000, test_prompts=512, test_M=16,
+        episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=0.2,
+        lr=3e-6, lr_schedule="linear", adam_eps=1e-5, unfrozen_layers=2, sample_batch=64, save_every=25),
+}
 
 
-class UserError(Exception):
-    """Something that the user can mend. `main` prints it as one line and exits with code 2."""
-
-
-def flag(help, default=None, choices=None, low=None, above=None, high=None, **per_task):
-    """A dataclass field with its help text and what it may be; defaults that depend on the task go by the task's name."""
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, above=above, high=high, per_task=per_task))
+def flag(default, help, choices=None):
+    """A field of Args. None as the default: the task's recipe has it, or the help says what it means."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def number(text):
@@ -222,156 +229,478 @@ def number(text):
     return int(value) if value.is_integer() else value
 
 
-TASKS = ("toy", "imdb", "tldr")
-
-
 @dataclass
 class Args:
-    task: str = flag("what to align: toy (exact, nothing to download), imdb (positive reviews), tldr (summaries of posts)", "toy", TASKS)
-    objective: str = flag("vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", "vbon", OBJECTIVES)
-    N: number = flag("the N of Best-of-N, any real number from 1", low=1, high=1e9, toy=16, imdb=16, tldr=100)
-    M: int = flag("samples of π_ref per training prompt that estimate F; vBoN ends about (N−1)/(4M) nats from BoN", 200, low=1)
-    estimator: str = flag("how log F is read off the M samples; smooth fits −a·exp(−b·r) to add_one's", None, (*ESTIMATORS, "smooth"),
-                          toy="add_one", imdb="add_one", tldr="smooth")
-    beta: float = flag("KL coefficient of rlhf; default 1/(N−1), the strength that matches N", low=0, high=1e9)
+    task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
+    objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
+    N: number = flag(None, "the N of Best-of-N, any real number from 1")
+    M: int = flag(200, "samples of π_ref per training prompt; at best vBoN ends (N−1)/(4M) nats from BoN")
+    estimator: str = flag(None, "how log F comes of them; smooth fits −a·exp(−b·r)", (*ESTIMATORS, "smooth"))
+    beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1), the strength that matches N")
 
-    ref: str = flag("reference model: a hub name or folder, any causal LM with a KV cache", imdb="lvwerra/gpt2-imdb",
-                    tldr="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr")
-    reward: str = flag("reward model: a hub name or folder, any classifier with one logit (the reward) or two "
-                       "(the reward is the probability of the positive label)", imdb="lvwerra/distilbert-imdb",
-                       tldr="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr")
-    dataset: str = flag("prompts: a hub name, a folder, or a .jsonl file, with a `prompt` field, or with a `text` field "
-                        "to cut prefixes from; tldr takes `subreddit`, `title` and `post` too", imdb="stanfordnlp/imdb",
-                        tldr="vwxyzjn/summarize_from_feedback_tldr_3_filtered")
-    train_prompts: int = flag("number of training prompts", low=1, toy=4, imdb=5000, tldr=5000)
-    test_prompts: int = flag("number of test prompts", low=1, toy=512, imdb=512, tldr=512)
-    test_M: int = flag("samples of π_ref per distinct test prompt, which win rates are measured against", low=1, toy=1000, imdb=64, tldr=16)
-    max_new_tokens: int = flag("longest response, in tokens", low=1, toy=4, imdb=40, tldr=53)
-    temperature: float = flag("sampling temperature; π_ref, π_θ and π_bon are all meant at it", above=0, toy=1.0, imdb=1.0, tldr=0.7)
-    no_eos_reward: float = flag("what a response without EOS earns, whatever the reward model says; default: what that says", tldr=-1.0)
+    ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
+    reward: str = flag(None, "reward model: a hub name or folder, a classifier with one logit or two labels")
+    dataset: str = flag(None, "prompts: a hub name, folder or .jsonl file with `prompt`, or `text` to cut up")
+    train_prompts: int = flag(None, "number of training prompts")
+    test_prompts: int = flag(None, "number of test prompts")
+    test_M: int = flag(None, "samples of π_ref per test prompt, which win rates are measured against")
+    max_new_tokens: int = flag(None, "longest response, in tokens")
+    temperature: float = flag(None, "sampling temperature; π_ref, π_θ and π_bon are all meant at it")
+    no_eos_reward: float = flag(None, "what a response without EOS earns; default: what the reward says")
 
-    episodes: int = flag("responses that are trained on in all", toy=163_840, imdb=80_000, tldr=10_000)
-    rollouts: int = flag("responses per PPO phase", low=1, toy=2048, imdb=128, tldr=32)
-    minibatch: int = flag("responses per gradient step", low=1, toy=256, imdb=32, tldr=32)
-    ppo_epochs: int = flag("passes over the responses of a phase", low=1, toy=2, imdb=4, tldr=4)
-    lr: float = flag("AdamW's learning rate", above=0, toy=1e-3, imdb=3e-5, tldr=3e-6)
-    lr_schedule: str = flag("constant, or linear decay to zero", None, ("constant", "linear"), toy="linear", imdb="constant", tldr="linear")
-    adam_beta2: float = flag("AdamW's second-moment decay (the first is 0.9)", 0.95, low=0, high=0.99999)
-    adam_eps: float = flag("AdamW's ε", low=0, toy=1e-8, imdb=1e-8, tldr=1e-5)
-    weight_decay: float = flag("AdamW's weight decay", 1e-6, low=0)
-    gamma: float = flag("discount", 1.0, low=0, high=1)
-    lam: float = flag("λ of generalized advantage estimation", low=0, high=1, toy=1.0, imdb=0.95, tldr=0.95)
-    clip: float = flag("clip range of the policy ratio", 0.2, above=0)
-    value_clip: float = flag("clip range of the value function", 0.2, above=0)
-    value_coef: float = flag("weight of the value loss", low=0, toy=1.0, imdb=1.0, tldr=0.2)
-    reward_clip: float = flag("terminal rewards are clipped to ± this (not those of bound1, which hold log p)", 10.0, above=0)
-    unfrozen_layers: int = flag("train the top K layers only and share the rest with π_ref; −1 trains all", toy=-1, imdb=2, tldr=2)
+    episodes: int = flag(None, "responses that are trained on in all")
+    rollouts: int = flag(None, "responses per PPO phase")
+    minibatch: int = flag(None, "responses per gradient step")
+    ppo_epochs: int = flag(None, "passes over the responses of a phase")
+    lam: float = flag(None, "λ of generalized advantage estimation")
+    clip: float = flag(0.2, "clip range of the policy ratio and of the values")
+    value_coef: float = flag(None, "weight of the value loss")
+    reward_clip: float = flag(10.0, "terminal rewards are clipped to ± this (not bound1's, which hold log p)")
+    lr: float = flag(None, "AdamW's learning rate")
+    lr_schedule: str = flag(None, "constant, or linear decay to zero", ("constant", "linear"))
+    adam_eps: float = flag(None, "AdamW's ε")
+    unfrozen_layers: int = flag(None, "train the top K layers and share the rest with π_ref; −1 trains all")
 
-    seed: int = flag("seed of training and of the final evaluation", 0)
-    data_seed: int = flag("seed of the prompts, of the M samples and of toy's π_ref: runs that differ in --seed share them", 0)
-    device: str = flag("auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one", "auto")
-    dtype: str = flag("arithmetic of the forward passes; weights stay float32", "float32", ("float32", "bfloat16"))
-    out: str = flag("folder of this run; default runs/<task>-<objective>-…-seed<seed>")
-    samples: str = flag("file of π_ref's scored samples, read and extended; default samples/<task>-<fingerprint>.jsonl")
-    import_samples: str = flag("a file of the authors' lines (prompt, responses, rewards, or prompt, text, reward) to take into --samples")
-    backend: str = flag("what samples π_ref: hand (this script), vllm, or auto: vllm where it is installed and a GPU is there", "auto",
+    seed: int = flag(0, "seed of training and of the final test")
+    data_seed: int = flag(0, "seed of prompts, of π_ref's samples and of toy's π_ref")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    dtype: str = flag("float32", "of the forward passes; weights stay float32", ("float32", "bfloat16"))
+    backend: str = flag("auto", "what samples π_ref: this script or vllm; auto: vllm with a GPU",
                         ("auto", "hand", "vllm"))
-    sample_batch: int = flag("responses of π_ref decoded at a time, which sets the memory of sampling", low=1, toy=512, imdb=512, tldr=64)
-    eval_every: int = flag("toy: phases between exact evaluations", 10, low=1)
-    overwrite: bool = flag("replace a finished run in --out", False)
-    save_every: int = flag("phases between checkpoints; 0 for none", low=0, toy=20, imdb=25, tldr=25)
-    resume: bool = flag("go on from the last checkpoint in --out; the run ends as if it had never stopped", False)
+    sample_batch: int = flag(None, "responses of π_ref decoded at a time, which sets the memory of sampling")
+    samples: str = flag(None, "file of π_ref's samples, read and extended; default in samples/")
+    out: str = flag(None, "folder of this run; default runs/<task>-<objective>-…-seed<seed>")
+    overwrite: bool = flag(False, "replace a finished run in --out")
+    save_every: int = flag(None, "phases between checkpoints; 0 for none")
+    resume: bool = flag(False, "go on from the last checkpoint in --out; it ends as if it had never stopped")
+
+    recipes = RECIPES  # not a field: bon_baselines.py has its own
 
     def __post_init__(self):
         self.started = time.perf_counter()
-        for f in fields(self):
-            name, value, may = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata
-            if value is None:
-                value = may["per_task"].get(self.task)
-                setattr(self, f.name, value)
-            if may["choices"] and value not in may["choices"]:
-                raise UserError(f"{name}: unknown value {value!r}; choose from {', '.join(may['choices'])}")
-            low, above, high = may["low"], may["above"], may["high"]
-            if value is not None and (low, above) != (None, None) and not (
-                    (low is None or value >= low) and (above is None or value > above) and value <= (high or sys.float_info.max)):
-                raise UserError(f"{name} must be " + (f"at least {low}" if above is None else f"above {above}")
-                                + (f" and at most {high:g}" if high else "") + f", not {value}")
-        if self.task == "toy" and self.max_new_tokens > 4:
-            raise UserError("toy enumerates 18^T responses: --max-new-tokens at most 4")
-        if self.task == "toy" and (self.ref or self.reward or self.dataset):
-            raise UserError("--ref, --reward and --dataset go with --task imdb or tldr; toy brings its own")
-        if self.task == "toy" and (self.backend == "vllm" or self.no_eos_reward is not None):
-            raise UserError("--backend vllm and --no-eos-reward go with --task imdb or tldr")
-        self.check()
-        if os.path.exists(f"{self.out}/result.json") and not self.overwrite:
-            raise UserError(f"{self.out} holds a finished run: pass another --out, or --overwrite to replace it")
-        if self.resume and os.path.exists(f"{self.out}/checkpoint.pt"):
-            with open(f"{self.out}/config.json", encoding="utf-8") as file:
-                started = json.load(file)
-            for name, value in asdict(self).items():
-                if (name not in PLACES or name == "samples") and started.get(name) != value:
-                    raise UserError(f"--resume: {self.out} was started with {name} = {started.get(name)!r}, not {value!r}")
+        need(self.task in self.recipes, f"--task {self.task}: choose from {', '.join(self.recipes)}")
+        for name, value in self.recipes[self.task].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check(self)
+        self.finish()
+        check_folder(self)
 
-    def check(self):
-        """What must hold between the flags of this script, and the defaults that follow from others."""
-        if not self.minibatch <= self.rollouts <= self.episodes:
-            raise UserError(f"need --minibatch ≤ --rollouts ≤ --episodes, not {self.minibatch}, {self.rollouts}, {self.episodes}")
+    def finish(self):
+        """Sets what follows from other flags."""
+        need(self.minibatch <= self.rollouts <= self.episodes, "need --minibatch ≤ --rollouts ≤ --episodes, "
+             f"not {self.minibatch}, {self.rollouts}, {self.episodes}")
         if self.beta is None and self.N > 1:
             self.beta = 1 / (self.N - 1)
-        if self.objective == "rlhf" and self.beta is None:
-            raise UserError("--objective rlhf needs --beta, a number from 0 (or --N above 1, which sets β = 1/(N−1))")
-        if self.objective == "bound1" and self.estimator == "log_mean":
-            raise UserError("--estimator log_mean is −inf at k = 0, and bound1's rewards are not clipped: use add_one or posterior")
-        if self.estimator == "smooth" and self.M < 3:
-            raise UserError("--estimator smooth needs --M of at least 3")
+        need(self.objective != "rlhf" or self.beta is not None, "--objective rlhf needs --beta, or N above 1")
+        need(self.objective != "bound1" or self.estimator != "log_mean", "--estimator log_mean may be −inf, "
+             "and bound1's rewards are not clipped: use another")
         if self.out is None:
             strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
             self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
 
-PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "eval_every", "import_samples", "backend", "sample_batch")  # where and how a run is made, not what
+# ========== 3. Sampling: decoding with a KV cache ===========================================================
 
 
-# ======================================================================================================================
-# 3. Tasks: a reference model, a reward, prompts
-# ======================================================================================================================
+@dataclass
+class Rollout:
+    """B responses and what is known of each. Indexing it by rows indexes every tensor."""
+    input_ids: Tensor          # (B, P+T−1) prompt, padded on the left, and response but for its last token
+    attention_mask: Tensor     # (B, P+T−1) true but on padding
+    tokens: Tensor             # (B, T) the response, EOS included
+    mask: Tensor               # (B, T) true up to and including EOS
+    log_probs: Tensor = None   # (B, T) of the policy that drew them; like the following, zero after EOS
+    values: Tensor = None      # (B, T)
+    trunk: Tensor = None       # (B, P+T−1, H) what enters the top K layers, if the layers below are frozen
+    advantages: Tensor = None  # (B, T)
+    returns: Tensor = None     # (B, T)
+
+    def __getitem__(self, rows):
+        return Rollout(**{name: None if x is None else x[rows] for name, x in vars(self).items()})
+
+
+def pad(rows, value, side, device="cpu"):
+    """Lists of token ids -> ids (B, T) padded on the given side, mask (B, T) of what is not padding."""
+    T = max(map(len, rows))
+    fill = [[value] * (T - len(row)) for row in rows]
+    ids = torch.tensor([f + row if side == "left" else row + f for f, row in zip(fill, rows)])
+    lengths, column = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(T)
+    mask = column >= T - lengths if side == "left" else column < lengths
+    return ids.to(device), mask.to(device)
+
+
+def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
+    """Logits (B, keep, V) and last hidden states (B, keep, H) at the last `keep` positions; the trunk.
+
+    ids: (B, T). mask (B, cached + T): false on padding; with a cache, ids are only what it does not hold yet.
+    Prompt positions that no loss needs never pass through the LM head, whose V logits would dwarf all else in
+    memory. The trunk (B, T, H) is what enters the top K layers; given one, only these run (section 10).
+    """
+    hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+
+    def keep_hidden(_, inputs):
+        # Contiguous, for of a slice the head would make B small products instead of a large one.
+        hidden.append(inputs[0].contiguous())
+        return hidden[0]
+    with hooked(lm.get_output_embeddings(), keep_hidden), top_layers(lm, K, trunk) as entered:
+        logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
+                    use_cache=cache is not None, logits_to_keep=keep).logits
+    return logits.float(), hidden[0].float(), entered[0] if entered else None
+
+
+def heated(logits, temperature):
+    """logits / temperature, without a pass over memory where it is 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
+def sample_tokens(logits, uniforms):
+    """One token per row by inverting the CDF: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
+
+    `torch.multinomial`, which draws V random numbers per row, takes several times as long.
+    """
+    pi = logits.softmax(-1)
+    cdf = pi.cumsum(-1)
+    total = cdf[:, -1:]  # 1, up to rounding
+    # u·total may round up to total, which no token reaches.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
+    # On a GPU the sum may step on a token of probability 0: hence the clamp.
+    log_probs = pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log()
+    return tokens.squeeze(1), log_probs.squeeze(1)
+
+
+@torch.no_grad()
+def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
+    """Samples B = P·copies responses, `copies` to each of P prompts. Returns a Rollout.
+
+    prompts: P lists of token ids. uniforms (B, T): the random number behind each token, rows grouped by
+    prompt. So a response depends on its own row alone (up to rounding), whatever else is in the batch. Each
+    prompt is read once and its cache shared out to its copies; rows leave the batch as soon as they end.
+    """
+    device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
+    ids, attention = pad(prompts, eos, "left", device)
+    cache = roomy_cache(lm)
+    logits, hidden, entered = forward(lm, ids, attention, 1, cache, K)
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        shared = ids, attention, logits, hidden, entered
+        ids, attention, logits, hidden, entered = (
+            x if x is None else x.repeat_interleave(copies, 0) for x in shared)
+    prompt_length, prompt_mask = ids.shape[1], attention
+    tokens, mask = torch.full((B, T), eos, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
+    log_probs, values, trunk = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device), None
+    if entered is not None:
+        trunk = entered.new_zeros(B, prompt_length + T - 1, entered.shape[2])
+        trunk[:, :prompt_length] = entered
+
+    alive = torch.arange(B, device=device)  # the responses that are still growing
+    for t in range(T):
+        token, log_prob = sample_tokens(heated(logits[:, -1], temperature), uniforms[alive, t])
+        tokens[alive, t], log_probs[alive, t], mask[alive, t] = token, log_prob, True
+        if value_head is not None:
+            values[alive, t] = value_head(hidden[:, -1]).squeeze(-1).float()
+        growing = (token != eos).nonzero().squeeze(1)
+        if t + 1 == T or len(growing) == 0:
+            break
+        if len(growing) < len(alive):
+            cache.batch_select_indices(growing)
+            alive, token, attention = alive[growing], token[growing], attention[growing]
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+        logits, hidden, entered = forward(lm, token.unsqueeze(1), attention, 1, cache, K)
+        if trunk is not None:
+            trunk[alive, prompt_length + t] = entered[:, 0]
+    return Rollout(torch.cat([ids, tokens[:, :-1]], 1), torch.cat([prompt_mask, mask[:, :-1]], 1),
+                   tokens, mask, log_probs, values, trunk)
+
+
+# ========== 4. PPO ==========================================================================================
+
+
+def masked_mean(x, mask):
+    """The mean of x over the tokens where mask is true."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation (Schulman et al. 2016). All (B, T); mask true on the response.
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1}; beyond the last token V and A are zero.
+    Returns advantages and returns A + V, both (B, T), zero where the mask is false.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = delta + gamma * lam * following
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(advantages, mask):
+    """Shifted and scaled to mean 0 and variance 1 over the masked tokens; zero elsewhere."""
+    centred = torch.where(mask, advantages - masked_mean(advantages, mask), 0.0)
+    return centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8)
+
+
+def policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
+    """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old; token mean. All (B, T)."""
+    ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0.0))
+    advantages = torch.where(mask, advantages, 0.0)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), averaged over tokens. All (B, T)."""
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def response_log_probs(lm, batch, temperature, K=-1):
+    """log π(y_t | x, y_<t) of the response's tokens, nats, (B, T); hidden states, (B, T, H); the trunk.
+    With a trunk in the batch, only the top K layers run."""
+    T = batch.tokens.shape[1]
+    logits, hidden, trunk = forward(lm, batch.input_ids, batch.attention_mask, T, None, K, batch.trunk)
+    return token_log_probs(logits, batch.tokens, temperature), hidden, trunk
+
+
+def log_F_of(scores, ref_rewards, args):
+    """log F̂ of scores (...) from the rewards (..., M) of π_ref's samples. Zeros for rlhf, which has no F."""
+    if args.objective == "rlhf":
+        return torch.zeros_like(scores)
+    if args.estimator != "smooth":
+        return estimate_log_F(scores, ref_rewards, args.estimator)
+    # The fit is the same wherever 0 is; about the mean nothing overflows.
+    centre = ref_rewards.mean(-1, keepdim=True)
+    return smooth_log_F(scores - centre.squeeze(-1), *fit_log_F(ref_rewards - centre))
+
+
+def terminal_reward(scores, log_F, log_p, args):
+    """What a response earns at its end, clipped, and the coefficient of the KL penalty on every token."""
+    if args.objective == "rlhf":
+        reward, kl_coef = scores, args.beta
+    else:
+        reward, kl_coef = vbon_reward(log_F, log_p, args.N, args.objective), 1 / args.N
+    limit = math.inf if args.objective == "bound1" else args.reward_clip  # bound1's log p is always large
+    return reward.clamp(-limit, limit), kl_coef
+
+
+@torch.no_grad()
+def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
+    """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
+
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. Returns the Rollout and metrics.
+    """
+    start, (B, T), K = time.perf_counter(), (len(prompts), args.max_new_tokens), args.unfrozen_layers
+
+    # Sample. Decoding has log-probs, values and the trunk at hand: none of them is computed twice.
+    uniforms = torch.rand(B, T, generator=generator, device=args.device)
+    with autocast(args):
+        rollout = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
+                           args.temperature, value_head, K)
+    responses = decode(task, prompts, token_lists(rollout))
+    mask, sampled = rollout.mask, time.perf_counter()
+
+    # log π_ref of the same tokens.
+    with autocast(args):
+        ref_log_probs = torch.cat([response_log_probs(task.ref, rollout[rows], args.temperature, K)[0]
+                                   for rows in torch.arange(B, device=args.device).split(args.minibatch)])
+    ref_log_probs = torch.where(mask, ref_log_probs, 0.0)
+
+    # Score the texts and rank them among π_ref's samples: F̂. This is all that vBoN adds to PPO.
+    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
+    log_F = log_F_of(scores, ref_rewards, args)
+    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
+
+    # Reward: −kl_coef·(log π_θ − log π_ref) on every token, and the terminal reward on the last one.
+    log_ratio = rollout.log_probs - ref_log_probs
+    rewards = -kl_coef * log_ratio
+    rewards[torch.arange(B), mask.sum(1) - 1] += terminal.to(rewards)
+
+    advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
+    rollout.advantages, rollout.returns = whiten(advantages, mask), returns
+
+    unexplained = masked_mean((returns - rollout.values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-12)
+    return rollout, {
+        "objective/reward": scores.mean().item(),
+        "objective/terminal_reward": terminal.mean().item(),
+        "objective/log_F": log_F.clamp(min=-99).mean().item(),  # log_mean may be −inf
+        "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
+        "objective/entropy": -rollout.log_probs.sum(1).mean().item(),
+        "objective/length": mask.sum(1).float().mean().item(),
+        "ppo/explained_variance": 1 - (unexplained / spread).item(),
+        "time/rollout": sampled - start,
+        "time/score": time.perf_counter() - sampled,
+    }
+
+
+def update(policy, value_head, optimizer, rollout, args, generator):
+    """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
+    start, B, losses, K = time.perf_counter(), len(rollout.tokens), [], args.unfrozen_layers
+    for _ in range(args.ppo_epochs):
+        order = torch.randperm(B, generator=generator, device=args.device)
+        for rows in order.split(args.minibatch // processes()):
+            batch = rollout[rows]
+            with autocast(args):
+                log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature, K)
+                values = value_head(hidden).squeeze(-1).float()
+            pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, args.clip)
+            vf = value_loss(values, batch.values, batch.returns, batch.mask, args.clip)
+            optimizer.zero_grad()
+            (pg + args.value_coef * vf).backward()
+            average_gradients(optimizer)
+            optimizer.step()
+            with torch.no_grad():
+                change = torch.expm1(torch.where(batch.mask, log_probs - batch.log_probs, 0.0))
+                kl = masked_mean(change - torch.log1p(change), batch.mask)
+                clipped = masked_mean((change.abs() > args.clip).float(), batch.mask)
+                losses.append(torch.stack([pg, vf, kl, clipped]))
+    check_weights(optimizer)
+    pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
+    return {"ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
+            "ppo/lr": optimizer.param_groups[0]["lr"], "time/update": time.perf_counter() - start}
+
+
+# ========== 5. The training loop ============================================================================
+
+
+def train(args):
+    """Algorithm 1, from the first sample to the last test. Returns what it writes to result.json."""
+    task = setup(args)
+    torch.manual_seed(args.seed)
+    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
+    lock = hold_folder(args)  # noqa: F841, held until this function ends
+
+    # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
+    clock = time.perf_counter()
+    ref_rewards = reference_samples(task, args)
+    result = {"seconds_sampling": round(time.perf_counter() - clock, 2)}
+    world = open_run(args, task, ref_rewards)
+
+    optimizer = make_optimizer([*policy.parameters(), *value_head.parameters()], args)
+    generator = torch.Generator(args.device).manual_seed(args.seed + rank())
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator)
+    prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
+    with (open(metrics_file(args), "a", encoding="utf-8") as log,
+          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
+        for phase in range(done, phases):
+            set_learning_rate(optimizer, args, phase / phases)
+
+            # Of several processes each takes its share of the prompts.
+            prompts = list(itertools.islice(prompt_stream, args.rollouts))[rank()::processes()]
+            prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
+
+            rollout, metrics = collect(policy, value_head, task, prompts, prompt_rewards, args, generator)
+            metrics |= update(policy, value_head, optimizer, rollout, args, generator)
+            metrics["episode"] = (phase + 1) * args.rollouts
+
+            if world and is_milestone(phase, phases):
+                exact = world.report(policy, metrics["episode"])
+                metrics |= exact
+                result |= exact
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
+                save_checkpoint(args, task, phase + 1, optimizer, generator)
+            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
+                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
+            bar.update(args.rollouts)
+
+    metrics, samples = evaluate_policy(policy, task, ref_rewards, args)
+    result |= metrics | {"episodes": phases * args.rollouts}
+    return save_results(args, task, world, result, samples, policy)
+
+
+# ========== 6. The test of a policy =========================================================================
+
+
+def evaluate_policy(policy, task, ref_rewards, args):
+    """The test metrics of one response to each test prompt, and those responses."""
+    return test_metrics(task, *sample_policy(policy, task, args), ref_rewards)
+
+
+@torch.no_grad()
+def sample_policy(policy, task, args):
+    """One response of π_θ to each test prompt, as texts, and KL(π_θ ‖ π_ref) of each in nats: two lists.
+
+    The KL is summed over the vocabulary at every token, with far less variance than the tokens' log-ratio.
+    """
+    generator, T = torch.Generator(args.device).manual_seed(args.seed), args.max_new_tokens
+    responses, kls = [], []
+    for start in tqdm(range(0, len(task.test_prompts), args.minibatch), desc="test", leave=False):
+        prompts = task.test_prompts[start:start + args.minibatch]
+        uniforms = torch.rand(len(prompts), T, generator=generator, device=args.device)
+        with autocast(args):
+            batch = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
+                             args.temperature)
+            logits = (forward(lm, batch.input_ids, batch.attention_mask, T)[0] for lm in (policy, task.ref))
+            log_pi, log_ref = (heated(x, args.temperature).log_softmax(-1) for x in logits)
+        kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
+        kls += torch.where(batch.mask, kl, 0.0).sum(1).tolist()
+        responses += decode(task, prompts, token_lists(batch))
+    return responses, kls
+
+
+def test_metrics(task, responses, kls, ref_rewards):
+    """Reward, win rate against π_ref's samples (ties count half) and KL on the test prompts: means and
+    standard errors over prompts. "in/" and "out/": on tldr's subreddits of training, and on others."""
+    prompts = task.test_prompts
+    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
+    ref = torch.stack([ref_rewards["test", p] for p in prompts])  # (P, test_M)
+    r = scores.unsqueeze(1)
+    per_prompt = {"reward": scores, "win_rate": ((r > ref).double() + 0.5 * (r == ref)).mean(1),
+                  "kl_to_ref": torch.tensor(kls, dtype=torch.double), "ref/reward": ref.mean(1)}
+    known, metrics = [in_distribution(p) for p in prompts], {}
+    parts = {"": [True] * len(known), "in/": [k is True for k in known], "out/": [k is False for k in known]}
+    for (part, rows), (name, x) in itertools.product(parts.items(), per_prompt.items()):
+        y = x[torch.tensor(rows)]
+        if len(y):
+            metrics[part + name] = y.mean().item()
+            metrics[part + name + "_se"] = (y.std() / math.sqrt(len(y))).item() if len(y) > 1 else None
+    columns = zip(prompts, responses, scores.tolist(), kls, ref.mean(1).tolist())
+    samples = [dict(zip(("prompt", "response", "reward", "kl_to_ref", "ref_reward"), row)) for row in columns]
+    return metrics, samples
+
+
+# ========== 7. The toy: a world small enough to be known exactly ============================================
+# A tiny GPT-2 learns to finish "the acting was" with a verdict such as "very superb ." or "slow but moving ."
+# The full stop is EOS. With 18 words and at most 4 tokens there are 111 151 possible responses to each
+# prompt, so that π_ref, F, π_bon and every distance between distributions are known exactly. Training sees
+# none of that: it works from the M samples like the real tasks.
 
 
 @dataclass
 class Task:
-    ref: nn.Module                    # π_ref, a causal language model
+    ref: nn.Module           # π_ref, a causal language model
     tokenizer: object
-    score: Callable                   # (prompts, responses), two lists of B texts -> B floats
-    encode: Callable                  # a prompt's text -> its token ids
-    train_prompts: list               # texts; may repeat
+    score: Callable          # (prompts, responses), two lists of B texts -> B floats
+    encode: Callable         # a prompt's text -> its token ids
+    train_prompts: list      # texts; may repeat
     test_prompts: list
-    reward_id: str                    # what identifies the reward in the file of samples
-    end: str = ""                     # what marks, in its text, a response that EOS ended; nothing unless the reward must see it
+    ref_id: str              # what identifies π_ref, and the reward, in the file of samples
+    reward_id: str
+    end: str = ""            # what marks the text of a response that EOS ended, if the reward must see it
 
-
-# --- toy: film verdicts of at most four tokens, each one of which can be enumerated -----------------------------------
-# A tiny GPT-2 learns to finish "the acting was" with a verdict such as "very superb ." or "slow but moving ." The full
-# stop is EOS. With 18 words and at most 4 tokens there are 111 151 possible responses to each prompt, so that π_ref,
-# F, π_bon and every distance between distributions are known exactly. Training sees none of that: it works from the M
-# samples like the real tasks.
 
 KINDNESS = {"acting": 0.5, "music": 0.2, "plot": -0.1, "ending": -0.4}  # how kind critics are to it
-WARMTH = {"superb": 2.13, "moving": 1.47, "funny": 1.02, "clever": 0.71, "odd": -0.29, "slow": -0.83, "dull": -1.36, "awful": -2.19}
+WARMTH = {"superb": 2.13, "moving": 1.47, "funny": 1.02, "clever": 0.71,
+          "odd": -0.29, "slow": -0.83, "dull": -1.36, "awful": -2.19}
 TOY_WORDS = ["the", "was", *KINDNESS, "very", "not", "and", "but", *WARMTH]
 
 
 def warmth(verdict):
-    """The toy's reward: how warm a verdict is. 'very' strengthens and 'not' turns the adjective after it, what stands
-    before a 'but' counts half, the last word lingers, and any other word is babble."""
+    """The toy's reward. 'very' strengthens and 'not' turns the adjective after it, what stands before a
+    'but' counts half, the last word lingers, and any other word is babble."""
     score, strength, adjectives = 0.0, 1.0, 0
     for word in verdict.split():
         if word in WARMTH:
             score += strength * WARMTH[word] * (1 + 0.1 * adjectives)
             strength, adjectives = 1.0, adjectives + 1
-        elif word == "very":
-            strength *= 1.5
-        elif word == "not":
-            strength *= -0.6
+        elif word in ("very", "not"):
+            strength *= 1.5 if word == "very" else -0.6
         elif word == "but":
             score *= 0.5
         elif word != "and":
@@ -394,17 +723,18 @@ def write_verdict(noun, rng):
 
 @cache
 def toy_reference(data_seed, device):
-    """The toy's π_ref and its tokenizer: a tiny GPT-2, trained on verdicts in a few seconds, once per process."""
+    """The toy's π_ref and its tokenizer: a tiny GPT-2, trained in a few seconds, once per process."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     eos = len(TOY_WORDS)
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOY_WORDS + ["."])}, unk_token="."))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOY_WORDS + ["."])}, unk_token="."))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=".")
     torch.manual_seed(data_seed)
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos,
-        activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(device)
+        vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos,
+        eos_token_id=eos, activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    lm.to(device)
     rng, steps = random.Random(data_seed), 200
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
@@ -412,353 +742,535 @@ def toy_reference(data_seed, device):
     labels[:, :3] = -100  # the prompt is given
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for rows in tqdm(torch.randint(len(corpus), (steps, 256)).to(device), desc="training toy's π_ref", leave=False):
+    batches = torch.randint(len(corpus), (steps, 256)).to(device)
+    for rows in tqdm(batches, desc="training toy's π_ref", leave=False):
         loss = lm(input_ids=ids[rows], attention_mask=mask[rows].long(), labels=labels[rows]).loss
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step(), schedule.step()
+        optimizer.step()
+        schedule.step()
     return lm.eval(), tokenizer
 
 
-def toy_task(args, device):
+def toy_task(args):
     """π_ref, warmth as the reward, and one prompt for each noun."""
-    lm, tokenizer = toy_reference(args.data_seed, device)
+    lm, tokenizer = toy_reference(args.data_seed, args.device)
     prompts = [f"the {noun} was" for noun in KINDNESS]
-    return Task(lm, tokenizer, lambda prompts, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
-                train_prompts=prompts, test_prompts=[prompts[i % len(prompts)] for i in range(args.test_prompts)], reward_id="warmth")
+    test_prompts = [prompts[i % len(prompts)] for i in range(args.test_prompts)]
+    return Task(lm, tokenizer, lambda _, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
+                prompts, test_prompts, identity(lm, tokenizer), "warmth")
 
 
-def enumerate_log_p(lm, prompt_ids, args):
-    """log π(y) of every response y to one toy prompt, (111151,) float64 nats, in the order of `enumerate_responses`.
+class ExactWorld:
+    """What only the toy can know, of P prompts and all S responses: log π_ref, log F, log π_bon, each
+    (P, S) float64 nats, and the rewards (S,)."""
 
-    Walks the tree of prefixes level by level: after t words either EOS ends the response or one of W words extends it.
-    """
-    W, eos, device = len(TOY_WORDS), len(TOY_WORDS), next(lm.parameters()).device
-    prefixes, log_p, ended = torch.empty(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.double), []
-    for _ in range(args.max_new_tokens):
-        ids = torch.cat([torch.tensor(prompt_ids).expand(len(prefixes), -1), prefixes], 1)
-        step = torch.cat([next_token_log_probs(lm, chunk.to(device), args.temperature).cpu().double() for chunk in ids.split(8192)])
-        step = step + log_p.unsqueeze(1)
-        ended.append(step[:, eos])
-        log_p = step[:, :W].flatten()
-        prefixes = torch.cat([prefixes.repeat_interleave(W, 0), torch.arange(W).repeat(len(prefixes)).unsqueeze(1)], 1)
-    return torch.cat(ended + [log_p])
+    def __init__(self, task, args):
+        self.args, self.texts = args, list(dict.fromkeys(task.train_prompts))
+        self.prompts = [task.encode(p) for p in self.texts]
+        # Those of 0, 1, … words that EOS ended, then those cut off at the limit.
+        self.responses = [" ".join(words) for length in range(args.max_new_tokens + 1)
+                          for words in itertools.product(TOY_WORDS, repeat=length)]
+        self.rewards = torch.tensor(task.score(None, self.responses), dtype=torch.double)
+        self.log_ref = self.log_probs(task.ref)
+        # Ties are broken by the place in the enumeration, a total order (App. C).
+        ascending = self.rewards.argsort(stable=True)
+        mass = self.log_ref.exp()[:, ascending]
+        F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
+        self.log_F = F.clamp(min=0).log()
+        self.log_bon = log_bon_pmf(self.log_F, self.log_ref, args.N)
+
+    def log_probs(self, lm):
+        """log π(y) of every response to every prompt, (P, S)."""
+        return torch.stack([self.walk(lm, ids) for ids in self.prompts])
+
+    @torch.no_grad()
+    def walk(self, lm, prompt_ids):
+        """The same for one prompt, (S,): after t words EOS ends a response, or one of W words extends it."""
+        W, eos = len(TOY_WORDS), len(TOY_WORDS)
+        prefixes, log_p, ended = torch.empty(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.double), []
+        for _ in range(self.args.max_new_tokens):
+            ids = torch.cat([torch.tensor(prompt_ids).expand(len(prefixes), -1), prefixes], 1)
+            logits = torch.cat([lm(input_ids=chunk, logits_to_keep=1).logits[:, 0].float()
+                                for chunk in ids.to(self.args.device).split(8192)])
+            step = logits.div(self.args.temperature).log_softmax(-1).cpu().double() + log_p.unsqueeze(1)
+            ended.append(step[:, eos])
+            log_p = step[:, :W].flatten()
+            words = torch.arange(W).repeat(len(prefixes)).unsqueeze(1)
+            prefixes = torch.cat([prefixes.repeat_interleave(W, 0), words], 1)
+        return torch.cat(ended + [log_p])
+
+    def metrics(self, log_pi, N=None):
+        """Exact distances, reward and win rate of log_pi (P, S), means over prompts. N: another one."""
+        log_bon = self.log_bon if N is None else log_bon_pmf(self.log_F, self.log_ref, N)
+        pi, ref = log_pi.exp(), self.log_ref.exp()
+
+        def kl(log_q):  # 0 log 0 = 0
+            return torch.where(pi == 0, 0.0, pi * (log_pi - log_q)).sum(1).mean().item()
+        beaten = self.log_F.exp() + ref / 2  # a tie counts half
+        return {"exact/kl_to_bon": kl(log_bon), "exact/kl_to_ref": kl(self.log_ref),
+                "exact/reward": (pi * self.rewards).sum(1).mean().item(),
+                "exact/win_rate": (pi * beaten).sum(1).mean().item()}
+
+    def optimum(self, ref_rewards):
+        """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef).
+
+        Its distance from π_bon is the price of the estimate, (N−1)/(4M) nats or so, or of another objective.
+        """
+        log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.texts])
+        reward, kl_coef = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
+        return (self.log_ref + reward / max(kl_coef, 1e-9)).log_softmax(1)
+
+    def report(self, policy, episode):
+        """The exact metrics of a policy, shown above the progress bar."""
+        exact = self.metrics(self.log_probs(policy))
+        tqdm.write(self.row(f"π_θ, {episode} ep.", exact))
+        return exact
+
+    def row(self, name, exact):
+        return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
+                f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
+
+    def show_responses(self, title, log_pi):
+        """A few responses to each prompt, drawn from a distribution over all of them."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        print(f"\n{title}")
+        for prompt, row in zip(self.texts, log_pi):
+            picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
+            shown = (f"{self.responses[i] or '(nothing)'} ({self.rewards[i]:+.1f})" for i in picks)
+            print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
-def next_token_log_probs(lm, ids, temperature):
-    """log π(next token | ids), (B, V), for unpadded ids (B, T)."""
-    with torch.no_grad():
-        return lm(input_ids=ids, logits_to_keep=1).logits[:, 0].float().div(temperature).log_softmax(-1)
+# ========== 8. imdb, tldr, and your own models and prompts ==================================================
 
 
-def enumerate_responses(max_new_tokens):
-    """Every response the toy's model can give: those of 0, 1, … words that EOS ended, then those cut off at the limit."""
-    return [" ".join(words) for length in range(max_new_tokens + 1) for words in itertools.product(TOY_WORDS, repeat=length)]
-
-
-def exact_world(task, args):
-    """What only the toy can know: for each prompt and every response log π_ref, log F, log π_bon, (P, S), and r, (S,)."""
-    texts = list(dict.fromkeys(task.train_prompts))
-    prompts = [task.encode(p) for p in texts]
-    responses = enumerate_responses(args.max_new_tokens)
-    rewards = torch.tensor(task.score(None, responses), dtype=torch.double)
-    log_ref = torch.stack([enumerate_log_p(task.ref, p, args) for p in prompts])
-    ascending = rewards.argsort(stable=True)  # by (reward, place in the enumeration): a total order (App. C)
-    mass = log_ref.exp()[:, ascending]
-    F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
-    log_F = F.clamp(min=0).log()
-    return {"texts": texts, "prompts": prompts, "responses": responses, "rewards": rewards, "log_ref": log_ref, "log_F": log_F,
-            "log_bon": log_bon_pmf(log_F, log_ref, args.N)}
-
-
-def exact_optimum(world, ref_rewards, args):
-    """log π* (P, S), what perfect training would reach: π* ∝ π_ref·exp(reward/c), with the F̂ of the M samples.
-
-    Its distance from π_bon is the price of the estimate (about (N−1)/(4M) nats), or of another objective than BoN's.
-    """
-    log_F = torch.stack([log_F_of(world["rewards"], r, args) for r in ref_rewards])
-    reward, c = terminal_reward(world["rewards"], log_F, world["log_ref"], args)
-    return (world["log_ref"] + reward / max(c, 1e-9)).log_softmax(1)
-
-
-def exact_metrics(log_pi, world):
-    """The exact distances, reward and win rate of a distribution log_pi (P, S) over all responses, averaged over prompts."""
-    pi, ref = log_pi.exp(), world["log_ref"].exp()
-
-    def kl(log_q):  # 0 log 0 = 0
-        return torch.where(pi == 0, 0.0, pi * (log_pi - log_q)).sum(1).mean().item()
-    return {
-        "exact/kl_to_bon": kl(world["log_bon"]),
-        "exact/kl_to_ref": kl(world["log_ref"]),
-        "exact/reward": (pi * world["rewards"]).sum(1).mean().item(),
-        "exact/win_rate": (pi * (world["log_F"].exp() + ref / 2)).sum(1).mean().item(),  # a tie counts half
-    }
-
-
-# --- imdb and tldr, and your own models and prompts -------------------------------------------------------------------
-
-
-def text_task(args, device):
+def text_task(args):
     """π_ref, a classifier of texts as the reward, and prompts, of imdb, tldr or your own (§5, §6)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = load("ref", AutoTokenizer, args.ref)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of --ref {args.ref} has no EOS token, so no response could end: set its eos_token")
-    ref = load("ref", AutoModelForCausalLM, args.ref, dtype=torch.float32).to(device).eval()
+    from transformers import AutoModelForCausalLM
+    ref, tokenizer = load("ref", AutoModelForCausalLM, args.ref, args.device)
+    eos = tokenizer.eos_token_id
+    need(eos is not None, f"the tokenizer of --ref {args.ref} has no EOS token: no response would end")
+    check_sampler(ref, eos, args)
     end = "" if args.no_eos_reward is None else tokenizer.eos_token
-    score, reward_id = load_reward(args.reward, device, end, args.no_eos_reward)
+    score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward)
+
+    @cache
+    def encode(prompt):
+        ids = tokenizer.encode(prompt)
+        return ids[:-1] if ids[-1:] == [eos] else ids  # a prompt that has ended gets no response
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
     train, test = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
     for prompt in train + test:
-        length = len(tokenizer.encode(prompt))
-        if length == 0:
-            raise UserError("--dataset has an empty prompt, and there is no token to start from: remove it")
-        if length + args.max_new_tokens > context:
-            raise UserError(f"a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the model's "
-                            f"context of {context}: {prompt[:60]!r}…")
-    return Task(ref, tokenizer, score, cache(tokenizer.encode), train, test, reward_id, end)
+        length = len(encode(prompt))
+        need(length > 0, "--dataset has an empty prompt, and there is no token to start from: remove it")
+        need(length + args.max_new_tokens <= context, f"a prompt of {length} tokens and --max-new-tokens "
+             f"{args.max_new_tokens} exceed the model's context of {context}: {prompt[:60]!r}…")
+    return Task(ref, tokenizer, score, encode, train, test, identity(ref, tokenizer), reward_id, end)
+
+
+def token_lists(rollout):
+    """The responses as B lists of token ids, EOS included."""
+    return [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist())]
+
+
+def decode(task, prompts, responses):
+    """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space
+    otherwise. EOS leaves no trace, unless the reward must see it (task.end)."""
+    def text(ids):
+        return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
+    texts = []
+    for prompt, row in zip(prompts, responses):
+        ids, length = starts[prompt]
+        ended = row[-1:] == [task.tokenizer.eos_token_id]
+        texts.append(text(ids + row)[length:] + (task.end if ended else ""))
+    return texts
+
+
+def load(what, loader, name, device):
+    """The model and the tokenizer of a hub name or folder."""
+    from transformers import AutoTokenizer
+    with reading(f"cannot load --{what} {name} (a folder has config.json, tokenizer.json, weights)"):
+        model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    # The library makes missing weights up at random, leaves out layers that config.json does not count, and
+    # takes a folder without tokenizer.json for a tokenizer without words.
+    vocabulary, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
+    layers = getattr(model.config, "num_hidden_layers", math.inf)
+    unused = [int(n) for key in info["unexpected_keys"] for n in re.findall(r"\.(\d+)\.", key)]
+    missing = ", ".join(sorted(info["missing_keys"])[:4])
+    need(not missing, f"--{what} {name} lacks the weights {missing}: it is no such model")
+    need(max(unused, default=-1) < layers, f"--{what} {name} has more layers than its config.json, {layers}")
+    words = set(vocabulary) - set(tokenizer.all_special_tokens)
+    need(words, f"--{what} {name}: its tokenizer knows no words, is tokenizer.json missing?")
+    need(max(vocabulary.values()) < embeddings, f"--{what} {name}: its tokenizer has more tokens than it")
+    return with_fused_gelu(model).to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def check_sampler(lm, eos, args):
+    """Refuses a model for which padded, cached decoding, or the shared trunk, gives other log-probs than a
+    plain pass. Recurrent models take padding into their state; others keep cache or layers in their own way."""
+    numbers, K = torch.Generator().manual_seed(0), args.unfrozen_layers
+    vocabulary = len(lm.get_input_embeddings().weight)
+    problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
+    for copies in (1, 2):
+        prompts = [torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (3, 7)]
+        uniforms = torch.rand(2 * copies, 4, generator=numbers).to(args.device)
+        with reading(problem):
+            rollout = generate(lm, prompts, uniforms, eos, 1.0, K=K)
+            on_trunk = response_log_probs(lm, rollout, 1.0, K)[0]
+            for i, response in enumerate(token_lists(rollout)):
+                n, ids = len(response), torch.tensor([prompts[i // copies] + response], device=args.device)
+                plain = token_log_probs(lm(input_ids=ids).logits[:, -n - 1:-1].float(), ids[:, -n:])[0]
+                error = max((x[i, :n] - plain).abs().max().item() for x in (rollout.log_probs, on_trunk))
+                need(error < 0.02, f"{problem}: its log-probs would be off by {error:.2g} nats"
+                     + (" (try --unfrozen-layers -1)" if K > 0 else ""))
 
 
 def load_reward(name, device, end="", without_end=None):
-    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it. With `end`, responses
-    whose text does not end so earn the fixed reward `without_end`."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    tokenizer = load("reward", AutoTokenizer, name)
-    classifier = load("reward", AutoModelForSequenceClassification, name, dtype=torch.float32).to(device).eval()
-    if classifier.config.num_labels not in (1, 2):
-        raise UserError(f"--reward {name} has {classifier.config.num_labels} labels; a reward has 1 logit or 2 labels")
+    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it.
 
-    def score(prompts, responses):  # of the whole text, as a reader sees it
-        ended = [i for i, response in enumerate(responses) if response.endswith(end)]
-        rewards = [without_end] * len(responses)
-        for i, r in zip(ended, classifier_rewards(classifier, tokenizer, [prompts[i] + responses[i] for i in ended])):
-            rewards[i] = r
-        return rewards
-    return score, fingerprint(classifier) + (f", {without_end} without {end}" if end else "")
-
-
-@torch.no_grad()
-def classifier_rewards(model, tokenizer, texts, batch=128):
-    """r(text) for each text: a single logit as it is, or the probability of the positive one of two labels."""
-    if tokenizer.pad_token is None:  # causal classifiers read off the last token that is not padding, which may be EOS
-        ends_with_eos = tokenizer.eos_token and texts and texts[0].endswith(tokenizer.eos_token)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0)) if ends_with_eos else tokenizer.eos_token
+    The reward is its one logit, or the probability of the positive of its two labels. With `end`, responses
+    whose text does not end so earn the fixed reward `without_end`.
+    """
+    from transformers import AutoModelForSequenceClassification
+    model, tokenizer = load("reward", AutoModelForSequenceClassification, name, device)
+    labels = {str(label).upper()[:3]: i for i, label in model.config.id2label.items()}
+    need(len(labels) in (1, 2), f"--reward {name} has {len(labels)} labels; a reward has 1 logit or 2 labels")
+    positive = labels.get("POS", 1)
+    if len(labels) == 2:
+        print(f"reward: the probability of the label {model.config.id2label[positive]!r}")
+    reward_id = identity(model, tokenizer) + (f", {without_end} without {end}" if end else "")
+    if tokenizer.pad_token is None:
+        # A causal classifier reads its logit off the last token that is not padding: EOS, if there is `end`.
+        not_eos = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
+        tokenizer.pad_token = not_eos if end or tokenizer.eos_token is None else tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # of a text that is too long the end counts: the response
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-    labels = {str(name).upper()[:3]: i for i, name in model.config.id2label.items()}
-    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: little padding
-    rewards = torch.empty(len(texts))
-    for start in range(0, len(texts), batch):
-        rows = by_length[start:start + batch]
-        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, max_length=longest)
-        logits = model(**inputs.to(model.device)).logits.float().cpu()
-        rewards[rows] = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, labels.get("POS", 1)]
-    return rewards.tolist()
+
+    @torch.no_grad()
+    def score(prompts, responses, batch=128):
+        rewards = torch.full((len(responses),), without_end or 0.0)
+        texts = {i: p + y for i, (p, y) in enumerate(zip(prompts, responses)) if y.endswith(end)}
+        by_length = sorted(texts, key=lambda i: len(texts[i]))  # similar lengths together: little padding
+        for start in range(0, len(by_length), batch):
+            rows = by_length[start:start + batch]
+            inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True,
+                               max_length=longest)
+            logits = model(**inputs.to(model.device)).logits.float().cpu()
+            rewards[rows] = logits[:, 0] if len(labels) == 1 else logits.softmax(-1)[:, positive]
+        return rewards.tolist()
+    return score, reward_id
 
 
-# ======================================================================================================================
-# 4. Sampling: hand-written decoding with a KV cache
-# ======================================================================================================================
+def checked_scores(task, prompts, responses):
+    """The rewards, all finite; else the response that has none is named."""
+    scores = task.score(prompts, responses)
+    for prompt, response, score in zip(prompts, responses, scores):
+        need(math.isfinite(score), f"the reward is {score} for prompt {prompt!r} and response {response!r}")
+    return scores
 
 
-def pad(rows, value, side, device="cpu"):
-    """Lists of token ids -> ids (B, T) padded on the given side, mask (B, T) of what is not padding."""
-    T = max(map(len, rows))
-    fill = [[value] * (T - len(row)) for row in rows]
-    ids = torch.tensor([f + row if side == "left" else row + f for f, row in zip(fill, rows)])
-    lengths, column = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(T)
-    mask = column >= T - lengths if side == "left" else column < lengths
-    return ids.to(device), mask.to(device)
+def identity(model, tokenizer):
+    """A short hash of all that a model computes with: weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = {k: v for k, v in model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    rest = [config, words, tokenizer.special_tokens_map, tokenizer.model_max_length]
+    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
-def forward(lm, ids, mask, keep, cache=None):
-    """Logits (B, keep, V) and last hidden states (B, keep, H) at the last `keep` positions of ids (B, T).
+def read_prompts(args, tokenizer, longest):
+    """--dataset's training and test prompts, shuffled. Without a test split a tenth is held out."""
+    import datasets
+    datasets.disable_progress_bars()
+    with reading(f"cannot load --dataset {args.dataset} (or pass a folder or a .jsonl file)"):
+        is_file = args.dataset.endswith((".jsonl", ".json"))
+        splits = datasets.load_dataset(*(("json", None, None, args.dataset) if is_file else (args.dataset,)))
+    need("train" in splits, f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
+    train = splits["train"]
+    need(len(train) >= 2, f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
+    kept = len(train) - max(1, len(train) // 10)
+    if "test" not in splits:
+        splits = {"train": train.select(range(kept)), "test": train.select(range(kept, len(train)))}
+    rng = random.Random(args.data_seed)
 
-    mask (B, cached + T) is false on padding; with a cache, ids are only the tokens that it does not hold yet. Prompt
-    positions that no loss needs never pass through the LM head, whose V logits would dwarf everything else in memory.
-    """
-    hidden = []
-
-    def keep_hidden(_, inputs):  # contiguous: of a slice the head would make B small products instead of a large one
-        hidden.append(inputs[0].contiguous())
-        return hidden[0]
-    head = lm.get_output_embeddings().register_forward_pre_hook(keep_hidden)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-    try:
-        logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
-                    use_cache=cache is not None, logits_to_keep=keep).logits
-    finally:
-        head.remove()
-    return logits.float(), hidden[0].float()
-
-
-def sample_tokens(logits, uniforms):
-    """One token per row by inverting the CDF at a uniform number: logits (B, V), uniforms (B,) -> tokens, log-probs (B,).
-
-    `torch.multinomial`, which draws V random numbers per row, takes several times as long. Probabilities below 1e-38 count as 1e-38.
-    """
-    pi = logits.softmax(-1)
-    cdf = pi.cumsum(-1)
-    total = cdf[:, -1:]  # 1, up to rounding
-    below = torch.nextafter(total, torch.zeros_like(total))  # u·total may round up to total, which no token reaches
-    tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
-    return tokens.squeeze(1), pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log().squeeze(1)  # a GPU's sum may step on π = 0
-
-
-@torch.no_grad()
-def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
-    """Samples B = P·copies responses, `copies` to each of P prompts, and what training needs to know about them.
-
-    prompts: P lists of token ids. uniforms (B, T): the random number behind each token, rows grouped by prompt; so a
-    response depends on its own row alone (up to rounding), whatever else is in the batch and whenever that finishes.
-    Returns tokens (B, T), mask (B, T) true up to and including EOS, log-probs and values (B, T), zero after it.
-    Each prompt is read once and its cache shared out; rows leave the batch as soon as they end.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-    device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
-    ids, attention = pad(prompts, eos, "left", device)
-    kv = DynamicCache(config=lm.config)
-    kv.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in kv.layers]
-    logits, hidden = forward(lm, ids, attention, 1, kv)
-    if copies > 1:
-        kv.batch_repeat_interleave(copies)
-        attention, logits, hidden = (x.repeat_interleave(copies, 0) for x in (attention, logits, hidden))
-    tokens = torch.full((B, T), eos, device=device)
-    mask = torch.zeros(B, T, dtype=torch.bool, device=device)
-    log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
-    rows = torch.arange(B, device=device)  # which responses are still growing
-    for t in range(T):
-        token, log_prob = sample_tokens(logits[:, -1] if temperature == 1 else logits[:, -1] / temperature, uniforms[rows, t])
-        tokens[rows, t], log_probs[rows, t], mask[rows, t] = token, log_prob, True
-        if value_head is not None:
-            values[rows, t] = value_head(hidden[:, -1]).squeeze(-1).float()
-        if t + 1 == T:
-            break
-        alive = (token != eos).nonzero().squeeze(1)
-        if len(alive) < len(rows):
-            if len(alive) == 0:
+    def draw(split, number, related=None):
+        """`number` prompts; of tldr's, those that are, or are not, from the subreddits of training."""
+        rows, prompts = splits[split], []
+        for i in rng.sample(range(len(rows)), len(rows)):
+            if len(prompts) == number:
                 break
-            kv.batch_select_indices(alive)
-            rows, token, attention = rows[alive], token[alive], attention[alive]
-        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-        logits, hidden = forward(lm, token.unsqueeze(1), attention, 1, kv)
-    return tokens, mask, log_probs, values
+            prompt = make_prompt(rows[i], tokenizer, longest, rng)
+            if prompt is not None and related in (None, in_distribution(prompt)):
+                prompts.append(prompt)
+        kind = {None: "", True: " of r/" + ", r/".join(IN_DISTRIBUTION), False: " of others"}[related]
+        need(prompts or number == 0, f"--dataset {args.dataset} gave no prompt{kind} for the {split} split")
+        return prompts
+    if args.task != "tldr":
+        return draw("train", args.train_prompts), draw("test", args.test_prompts)
+    half = (args.test_prompts + 1) // 2
+    train = draw("train", args.train_prompts, True)
+    return train, draw("test", half, True) + draw("test", args.test_prompts - half, False)
 
 
-# ======================================================================================================================
-# 5. log F, and the reward that is made of it
-# ======================================================================================================================
+def make_prompt(row, tokenizer, longest, rng):
+    """The prompt of a row: its `prompt`; a Reddit post to be summarized; or 2 to 8 tokens of its `text`.
+    None where these tokens make no faithful prompt."""
+    def has(*names):
+        return all(isinstance(row.get(name), str) for name in names)
+    if has("prompt"):
+        return row["prompt"]
+    if has("subreddit", "title", "post"):
+        return tldr_prompt(row, tokenizer, longest)
+    need(has("text"), "--dataset has a row without a string `prompt` or `text`, only " + ", ".join(row))
+    ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
+    prompt = tokenizer.decode(ids)
+    # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
+    return prompt if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids else None
 
 
-def log_F_of(scores, ref_rewards, args):
-    """log F̂ of scores (...) from rewards (..., M) of π_ref's samples as --estimator says; zeros for rlhf, which has no F."""
-    if args.objective == "rlhf":
-        return torch.zeros_like(scores)
-    if args.estimator != "smooth":
-        return estimate_log_F(scores, ref_rewards, args.estimator)
-    centre = ref_rewards.mean(-1, keepdim=True)  # the fit is the same wherever 0 is; here nothing overflows
-    a, b = fit_log_F(ref_rewards - centre)
-    return smooth_log_F(scores - centre.squeeze(-1), a, b)
+# tldr trains on these subreddits; tests are half on them, half on others.
+IN_DISTRIBUTION = ("relationships", "relationship_advice")
 
 
-def terminal_reward(scores, log_F, log_p, args):
-    """What a response earns at its end, clipped, and the coefficient c of the per-token KL penalty that goes with it."""
-    reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
-    limit = math.inf if args.objective == "bound1" else args.reward_clip  # its log p term is large for every response
-    return reward.clamp(-limit, limit), args.beta if args.objective == "rlhf" else 1 / args.N
+def in_distribution(prompt):
+    """Whether a tldr prompt is from the subreddits of training; None if it names no subreddit."""
+    subreddit = prompt.split("\n")[0].removeprefix("SUBREDDIT: r/")
+    return subreddit in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
 
 
-# ======================================================================================================================
-# 6. PPO
-# ======================================================================================================================
+def tldr_prompt(row, tokenizer, longest):
+    """OpenAI's format for a Reddit post, which loses its last paragraphs, or words, to fit `longest`."""
+    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
+    post = row["post"].strip()
+    while post and len(tokenizer.encode(head + post + tail)) > longest:
+        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
+    return head + post + tail
 
 
-def masked_mean(x, mask):
-    """The mean of x over the tokens where mask is true."""
-    return (x * mask).sum() / mask.sum()
+# ========== 9. π_ref's samples: drawn once, stored, resumed =================================================
 
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation (Schulman et al. 2016). All (B, T); mask true on response tokens, false after.
+def reference_samples(task, args, keep_tokens=False):
+    """The rewards of M samples of π_ref to every training prompt, and of test_M to every test prompt.
 
-    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1}; beyond the last token V and A are zero.
-    Returns advantages and returns A + V, both (B, T), zero where the mask is false.
+    Returns {(split, prompt): (M,) float64, ascending}; with keep_tokens {(split, prompt): (rewards as drawn,
+    lists of token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them,
+    then a line for every batch of prompts. A second run reads them; one with a larger M or more prompts, or
+    one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and
+    the prompt alone. Objective rlhf, which has no F, needs none for training.
     """
-    mask = mask.to(values.dtype)
-    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        next_value = values[:, t + 1] * mask[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t] = following
-    return advantages, (advantages + values) * mask
+    path, header = samples_file(task, args)
+    M = 0 if args.objective == "rlhf" else args.M
+    wanted = {("train", p): M for p in task.train_prompts}
+    wanted |= {("test", p): args.test_M for p in task.test_prompts}
+    lock = take_lock(path + ".lock", wait=True)
+    gathered(None)  # the other processes go on once the first one has its turn
+    try:
+        rewards, tokens, size = read_samples(path, header, keep_tokens)
+        if all(len(rewards.get(key, ())) >= wanted[key] for key in wanted):
+            print(f"π_ref's samples: read from {path}")
+        elif rank() == 0 and os.path.exists(path):
+            os.truncate(path, size)  # a line that a killed run left unfinished
+        for line in draw_missing(task, args, wanted, rewards, path):
+            write_line(path, header, line)
+            add_line(line, rewards, tokens, keep_tokens)
+    finally:
+        if lock:
+            lock.release()
+
+    def first(key, M):
+        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
+        return (r, tokens.get(key, [])[:M]) if keep_tokens else r.sort().values
+    return {key: first(key, M) for key, M in wanted.items()}
 
 
-def whiten(advantages, mask):
-    """Shifted and scaled to mean 0 and variance 1 over the masked tokens; zero elsewhere."""
-    centred = advantages - masked_mean(advantages, mask)
-    return centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8) * mask
+def samples_file(task, args):
+    """The path of the file of samples, and its header: all that the samples depend on."""
+    header = {"vbon_samples": 4, "task": args.task, "ref": task.ref_id, "reward": task.reward_id,
+              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
+              "backend": args.backend, "data_seed": args.data_seed}
+    digest = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
+    return args.samples or f"samples/{args.task}-{digest}.jsonl", header
 
 
-def policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
-    """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old, averaged over tokens. All (B, T)."""
-    ratio = torch.exp((log_probs - old_log_probs) * mask)
-    return masked_mean(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
+def draw_missing(task, args, wanted, rewards, path):
+    """Draws and scores what is missing, and yields it as lines for the file.
 
-
-def value_loss(values, old_values, returns, mask, clip=0.2):
-    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), averaged over tokens. All (B, T)."""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-
-
-class TakenLogProb(torch.autograd.Function):
-    """log_softmax and gather with one B×T×V tensor for both passes: ∂ log π(y) / ∂ logits = 1[y] − π, written over log π.
-
-    PyTorch's own backward fills a tensor of zeros for the gather and a third one for the softmax. At V = 50 000 these
-    tensors are what fills the memory. (A second backward through the same graph is therefore an error, and autograd says so.)
+    Rounding differs between batches of other shapes. So batches are drawn and written whole: what a killed
+    run leaves to do is the rest of the same order, and the file ends with the same bytes.
     """
+    def have(key):
+        return len(rewards.get(key, ()))
+    missing = sorted((key for key in wanted if have(key) < wanted[key]),
+                     key=lambda key: (key[0] != "train", have(key), len(task.encode(key[1])), key))
+    if not missing:
+        return
+    at_once, batches = 16_384 if args.backend == "vllm" else args.sample_batch, []
+    for (split, start), keys in itertools.groupby(missing, lambda key: (key[0], have(key))):
+        prompts = [prompt for _, prompt in keys]
+        M = wanted[split, prompts[0]]
+        size = max(1, at_once // M)
+        batches += [(split, prompts[i:i + size], start, M) for i in range(0, len(prompts), size)]
+    print(f"π_ref's samples: drawn by {'vLLM' if args.backend == 'vllm' else 'this script'}")
+    total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
+    with ((vllm_sampler if args.backend == "vllm" else hand_sampler)(task, args) as sample,
+          tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar):
+        # Of several processes each draws a batch, and gets the lines of all.
+        for i in range(0, len(batches), processes()):
+            mine = batches[i + rank():i + rank() + 1]
+            for line in gathered(draw_line(task, sample, *mine[0]) if mine else None):
+                if line is not None:
+                    yield line
+                    bar.update(sum(map(len, line["rewards"])))
 
-    @staticmethod
-    def forward(ctx, logits, tokens):
-        log_pi, tokens = logits.log_softmax(-1), tokens.unsqueeze(-1)
-        ctx.save_for_backward(log_pi, tokens)
-        return log_pi.gather(-1, tokens).squeeze(-1)
 
-    @staticmethod
-    def backward(ctx, grad):
-        (log_pi, tokens), grad = ctx.saved_tensors, grad.unsqueeze(-1)
-        return log_pi.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
-
-
-def token_log_probs(logits, tokens, temperature=1.0):
-    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
-    return TakenLogProb.apply(logits if temperature == 1.0 else logits / temperature, tokens)
+def draw_line(task, sample, split, prompts, start, M):
+    """Responses number start … M−1 to each of the prompts, scored: a line of the file."""
+    ids, n = sample(split, prompts, start, M), M - start
+    copies = [prompt for prompt in prompts for _ in range(n)]
+    responses = decode(task, copies, ids)
+    columns = {"rewards": checked_scores(task, copies, responses), "responses": responses, "tokens": ids}
+    by_prompt = {name: [x[i:i + n] for i in range(0, len(x), n)] for name, x in columns.items()}
+    return {"split": split, "start": start, "prompts": prompts} | by_prompt
 
 
-def make_policy(ref, unfrozen_layers):
+def seed_of(*what):
+    """64 bits that depend on all of these."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
+
+
+@contextmanager
+def hand_sampler(task, args):
+    """Yields a function (split, prompts, start, M) -> responses number start … M−1 of π_ref to each
+    prompt, as lists of token ids, EOS included."""
+    def uniforms(split, prompt, start, M):
+        generator = np.random.default_rng(seed_of(args.data_seed, split, prompt))
+        return generator.random((M, args.max_new_tokens), np.float32)[start:]
+
+    def sample(split, prompts, start, M):
+        rows, ids = torch.from_numpy(np.concatenate([uniforms(split, p, start, M) for p in prompts])), []
+        # Several prompts are one batch; the samples of a single one may be too many for that.
+        for part in rows.split(args.sample_batch if len(prompts) == 1 else len(rows)):
+            with autocast(args):
+                ids += token_lists(generate(task.ref, [task.encode(p) for p in prompts], part.to(args.device),
+                                            task.tokenizer.eos_token_id, args.temperature))
+        return ids
+    yield sample
+
+
+@contextmanager
+def vllm_sampler(task, args):
+    """The same by a vLLM engine, which is shut down at the end so that training has the memory."""
+    need(processes() == 1, "--backend vllm: draw the samples with one process, then start torchrun")
+    with reading("--backend vllm (requirements.txt says what fits beside the rest)"):
+        from vllm import LLM, SamplingParams
+    context = getattr(task.ref.config, "max_position_embeddings", None)
+    llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
+              max_model_len=context, gpu_memory_utilization=0.5)
+
+    def sample(split, prompts, start, M):
+        def params(prompt):  # vLLM adds 0 … n−1 to the seed
+            seed = (seed_of(args.data_seed, split, prompt) >> 3) + start
+            return SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens,
+                                  detokenize=False, seed=seed)
+        requests = llm.generate([{"prompt_token_ids": task.encode(p)} for p in prompts],
+                                [params(p) for p in prompts], use_tqdm=False)
+        return [list(one.token_ids) for request in requests for one in request.outputs]
+    try:
+        yield sample
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        llm = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def read_samples(path, header, keep_tokens=False):
+    """{(split, prompt): rewards}, {(split, prompt): token ids} and the bytes of a file's whole lines.
+
+    A last line without its line break was being written when a run was killed: it does not count. Raises
+    UserError where the file was made by other models or settings, or a line is damaged.
+    """
+    rewards, tokens, size = {}, {}, 0
+    if not os.path.exists(path):
+        return rewards, tokens, size
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                is_ours = number > 1 or json.dumps(header).encode().startswith(line)
+                need(is_ours, f"{path} is not a file of samples: pass another with --samples")
+                break
+            with reading(f"{path}, line {number} is damaged (remove the file, or the line and all after)"):
+                entry = json.loads(line)
+                made_with = {key: entry.get(key) for key in header if number == 1}
+                if number > 1:
+                    add_line(entry, rewards, tokens, keep_tokens)
+            for key, value in made_with.items():
+                need(value == header[key], f"{path} was made with {key} = {value!r}, this run has "
+                     f"{header[key]!r}: pass another file with --samples, or remove it")
+            size += len(line)
+    return rewards, tokens, size
+
+
+def add_line(line, rewards, tokens, keep_tokens):
+    """Adds one line of the file to what is known of each prompt. Raises ValueError where it does not fit."""
+    columns = (line[name] for name in ("prompts", "rewards", "tokens", "responses"))
+    for prompt, new, ids, texts in zip(*columns, strict=True):
+        known = rewards.setdefault((line["split"], prompt), [])
+        if len(known) != line["start"] or not len(new) == len(ids) == len(texts):
+            raise ValueError("it does not follow the lines before it")
+        if not all(type(r) in (int, float) and math.isfinite(r) for r in new):
+            raise ValueError("a reward is no finite number")
+        known += new
+        if keep_tokens:
+            tokens.setdefault((line["split"], prompt), []).extend(ids)
+
+
+def write_line(path, header, line):
+    """Appends a line to the file of samples, below a header if it is the first."""
+    if rank() == 0:
+        with open(path, "ab") as file:
+            start = b"" if file.tell() else json.dumps(header).encode() + b"\n"
+            file.write(start + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+# ========== 10. What makes it fast ==========================================================================
+# Each piece is measured against the same phase without it by bench/pieces.py; bench/README.md has the table.
+#   - Decoding knows the log-probs, the values and the trunk of every token: `collect` computes none of them
+#   again. - Policy and π_ref share the frozen layers, which run once (`make_policy`, `top_layers`). - The
+#   loss needs the log-prob of one token in V (`TakenLogProb`). - Each prompt is read once for all of its
+#   samples, and the KV cache has room to grow (`roomy_cache`). - GELU takes one pass over memory
+#   (`with_fused_gelu`), and large tensors stand in large pages (`setup`).
+
+
+def make_policy(ref, K):
     """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
 
-    With K = unfrozen_layers ≥ 1 only the top K transformer layers and what the model registers behind them (the final norm)
-    are trained; every other tensor is frozen and shared with π_ref, not copied: the two models have one trunk. Raises
-    UserError if there are fewer layers.
+    With K ≥ 1 only the top K layers and what stands behind them (the final norm) are trained; every other
+    tensor is frozen and shared with π_ref, not copied: the two have one trunk. K = −1 trains all.
     """
     ref.requires_grad_(False)
-    if unfrozen_layers == -1:
+    if K == -1:
         policy = copy.deepcopy(ref).requires_grad_(True)
     else:
         owner, name = transformer_layers(ref)
         layers = getattr(owner, name)
-        if not 1 <= unfrozen_layers <= len(layers):
-            raise UserError(f"--unfrozen-layers {unfrozen_layers}: the model has {len(layers)} layers (−1 trains all)")
-        if len(set(getattr(ref.config, "layer_types", None) or ())) > 1:  # masks then depend on a layer's place in the list
-            raise UserError("this model's layers are of several types, so that its trunk cannot be shared: pass --unfrozen-layers -1")
+        need(1 <= K <= len(layers), f"--unfrozen-layers {K}: this model has {len(layers)} layers; -1 is all")
         children = list(owner.children())
         final_norm = children[children.index(layers) + 1:]  # whatever stands behind the layers
-        trained = {id(p) for m in [*layers[-unfrozen_layers:], *final_norm] for p in m.parameters()}
+        trained = {id(p) for module in [*layers[-K:], *final_norm] for p in module.parameters()}
         shared = {id(p): p for p in ref.parameters() if id(p) not in trained}
-        policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo says is copied already
+        policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo already holds
         for p in policy.parameters():
             p.requires_grad_(id(p) not in shared)
     width = ref.get_output_embeddings().weight.shape[1]
@@ -776,424 +1288,89 @@ def transformer_layers(lm):
 
 
 @contextmanager
-def trunk_output(lm, K):
-    """While in force, `forward` also stores what enters the top K layers in the list that is yielded."""
-    owner, name = transformer_layers(lm)
-    layers, stored = getattr(owner, name), []
-    hook = layers[-K].register_forward_pre_hook(lambda _, inputs: stored.append(inputs[0].detach()))
-    try:
-        yield stored
-    finally:
-        hook.remove()
+def top_layers(lm, K, trunk=None):
+    """While in force, a pass through lm puts what enters its top K layers into the list that is yielded;
+    and where a trunk is given, only these layers run, on it.
 
-
-def whole_trunk(stored, mask):
-    """What `trunk_output` stored during `generate`, put together: (B, prompt + T − 1, H), zero where nothing follows a token.
-
-    stored: the prompts' (B, prompt, H), then (rows, 1, H) for each token that another one follows; mask (B, T) of `generate`.
+    The frozen layers give the same activations to π_ref and in each of PPO's epochs, so that they need to run
+    only once, while decoding. The model's own code makes masks and positions: just its list of layers is cut.
     """
-    (B, prompt, H), T = stored[0].shape, mask.shape[1]
-    trunk = stored[0].new_zeros(B, prompt + T - 1, H)
-    trunk[:, :prompt] = stored[0]
-    for t, hidden in enumerate(stored[1:]):
-        trunk[mask[:, t + 1], prompt + t] = hidden[:, 0]
-    return trunk
+    entered = []
+    if K < 1:
+        yield entered
+        return
+    owner, name = transformer_layers(lm)
+    layers = getattr(owner, name)
+
+    def at_the_top(_, inputs):
+        entered.append(inputs[0].detach())
+        return inputs if trunk is None else (trunk, *inputs[1:])
+    if trunk is not None:
+        setattr(owner, name, layers[-K:])
+    try:
+        with hooked(layers[-K], at_the_top):
+            yield entered
+    finally:
+        setattr(owner, name, layers)
 
 
 @contextmanager
-def top_layers(lm, K, trunk):
-    """While in force, `forward` runs only the top K layers of lm, on stored trunk activations.
-
-    The frozen trunk gives the same activations to π_ref and in each of PPO's epochs, so it need run only once. The
-    model's own code still makes masks and positions; just its list of layers is cut short and fed by the hook.
-    """
-    owner, name = transformer_layers(lm)
-    layers = getattr(owner, name)
-    setattr(owner, name, layers[-K:])
-    hook = layers[-K].register_forward_pre_hook(lambda _, inputs: (trunk, *inputs[1:]))
+def hooked(module, function):
+    """While in force, function(module, inputs) sees what enters the module, and may change it."""
+    hook = module.register_forward_pre_hook(function)
     try:
         yield
     finally:
         hook.remove()
-        setattr(owner, name, layers)
 
 
-def ppo_phase(policy, value_head, ref, optimizer, task, prompts, ref_rewards, args, generator):
-    """One phase of PPO: a response to each of the B prompts, their rewards, and ppo_epochs of clipped updates.
+class TakenLogProb(torch.autograd.Function):
+    """log_softmax and gather with one B×T×V tensor for both passes: ∂ log π(y) / ∂ logits = 1[y] − π is
+    written over log π. PyTorch's own backward fills two more. (A second backward is therefore an error.)"""
 
-    ref_rewards: (B, M), what estimates F for each prompt. Returns the phase's metrics. Of several processes each samples,
-    scores and differentiates its own share of the B rows; all know the rest and take the same steps.
-    """
-    device, B, T, K = generator.device, len(prompts), args.max_new_tokens, args.unfrozen_layers
-    mine = slice(rank() * B // processes(), (rank() + 1) * B // processes())
-    clock = [time.perf_counter()]
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        log_pi, tokens = logits.log_softmax(-1), tokens.unsqueeze(-1)
+        ctx.save_for_backward(log_pi, tokens)
+        return log_pi.gather(-1, tokens).squeeze(-1)
 
-    # Rollout: one response per prompt, with the log-probs and values that decoding has at hand anyway.
-    prompt_ids = [task.encode(p) for p in prompts]
-    uniforms = torch.rand(B, T, generator=generator, device=device)
-    keep_trunk = trunk_output(policy, K) if K > 0 else nullcontext()
-    with autocast(args, device), keep_trunk as stored:
-        tokens, mask, old_log_probs, old_values = generate(
-            policy, prompt_ids[mine], uniforms[mine], task.tokenizer.eos_token_id, args.temperature, value_head)
-    responses = decode(task, prompts[mine], token_lists(tokens, mask))
-    clock.append(time.perf_counter())
-
-    # π_ref's log-probs of the same tokens. Policy and π_ref share all layers below the top K, and decoding has just run them on every
-    # token: what came out serves here and in the updates.
-    left, left_mask = pad(prompt_ids[mine], task.tokenizer.eos_token_id, "left", device)
-    ids, ids_mask = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1)  # nothing follows the last token
-    trunk = whole_trunk(stored, mask) if K > 0 else None
-    del stored
-    ref_log_probs = torch.empty_like(old_log_probs)
-    with torch.no_grad(), autocast(args, device):
-        for rows in torch.arange(len(ids), device=device).split(args.minibatch):
-            with top_layers(ref, K, trunk[rows]) if K > 0 else nullcontext():
-                logits, _ = forward(ref, ids[rows], ids_mask[rows], T)
-            ref_log_probs[rows] = token_log_probs(logits, tokens[rows], args.temperature) * mask[rows]
-
-    # The reward: per token −c·(log π_θ − log π_ref), at the end what the objective asks for, from log F̂ and log p.
-    scores = torch.tensor(checked_scores(task, prompts[mine], responses), dtype=torch.double)
-    if processes() > 1:
-        everyones = gathered([x.cpu() for x in (mask, old_log_probs, old_values, ref_log_probs, scores)])
-        mask, old_log_probs, old_values, ref_log_probs = (torch.cat(x).to(device) for x in list(zip(*everyones))[:4])
-        scores = torch.cat([x[4] for x in everyones])
-    log_F = log_F_of(scores, ref_rewards, args)
-    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
-    terminal, log_ratio = terminal.to(old_values), old_log_probs - ref_log_probs
-    rewards = -kl_coef * log_ratio
-    rewards[torch.arange(B), mask.sum(1) - 1] += terminal
-    advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
-    advantages = whiten(advantages, mask)
-    clock.append(time.perf_counter())
-
-    # Updates.
-    losses = []
-    for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(B, generator=generator, device=device).split(args.minibatch):
-            all_tokens = mask[rows].sum()
-            rows = rows[(mine.start <= rows) & (rows < mine.stop)]
-            optimizer.zero_grad()
-            losses.append(torch.zeros(4, device=device))
-            if len(rows):
-                local = rows - mine.start
-                with autocast(args, device), top_layers(policy, K, trunk[local]) if K > 0 else nullcontext():
-                    logits, hidden = forward(policy, ids[local], ids_mask[local], T)
-                    values = value_head(hidden).squeeze(-1).float()
-                log_probs = token_log_probs(logits, tokens[local], args.temperature)
-                del logits  # B×T×V, of no more use
-                pg = policy_loss(log_probs, old_log_probs[rows], advantages[rows], mask[rows], args.clip)
-                vf = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip)
-                share = mask[rows].sum() / all_tokens  # of this process in the minibatch: 1 where there is but one
-                (share * (pg + args.value_coef * vf)).backward()
-                with torch.no_grad():
-                    step = (log_probs - old_log_probs[rows]) * mask[rows]
-                    losses[-1] = share * torch.stack([pg, vf, masked_mean(torch.expm1(step) - step, mask[rows]),
-                                                      masked_mean((torch.expm1(step).abs() > args.clip).float(), mask[rows])])
-            if processes() > 1:
-                for p in optimizer.param_groups[0]["params"]:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                add_up([p.grad for p in optimizer.param_groups[0]["params"]])
-            optimizer.step()
-    losses = torch.stack(losses)
-    add_up([losses])
-    clock.append(time.perf_counter())
-
-    residual = masked_mean((returns - old_values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    pg, vf, kl, clipped = losses.mean(0).tolist()
-    if not math.isfinite(pg + vf):
-        raise UserError("the loss is no longer finite: pass a smaller --lr")
-    finite = log_F[log_F.isfinite()]
-    return {
-        "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
-        "objective/log_F": finite.mean().item() if len(finite) and args.objective != "rlhf" else None, "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
-        "objective/entropy": -old_log_probs.sum(1).mean().item(), "objective/length": mask.sum(1).float().mean().item(),
-        "ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
-        "ppo/explained_variance": 1 - residual.item(), "ppo/lr": optimizer.param_groups[0]["lr"],
-        "time/rollout": clock[1] - clock[0], "time/score": clock[2] - clock[1], "time/update": clock[3] - clock[2],
-        "time/episodes_per_second": B / (clock[3] - clock[0]),
-    }
+    @staticmethod
+    def backward(ctx, grad):
+        (log_pi, tokens), grad = ctx.saved_tensors, grad.unsqueeze(-1)
+        return log_pi.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
 
 
-# ======================================================================================================================
-# 7. Training and evaluation
-# ======================================================================================================================
+def token_log_probs(logits, tokens, temperature=1.0):
+    """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
+    return TakenLogProb.apply(heated(logits, temperature), tokens)
 
 
-def train(args):
-    """The whole run (Algorithm 1). Returns what it writes to result.json."""
-    device, task = begin(args)
-    if args.rollouts % processes():
-        raise UserError(f"--rollouts {args.rollouts} cannot be shared out evenly to {processes()} processes")
-    torch.manual_seed(args.seed)
-    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
-    ref_rewards = reference_samples(task, args, device)
-    world, exact = open_run(args, task), {}
-    if world:
-        optimum = exact_metrics(exact_optimum(world, [ref_rewards["train", p] for p in world["texts"]], args), world)
-        print(exact_row("what training aims at", optimum))
-
-    phases = args.episodes // args.rollouts
-    trained = [p for p in [*policy.parameters(), *value_head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
-    generator, prompt_stream = torch.Generator(device).manual_seed(args.seed), shuffled(task.train_prompts, random.Random(args.seed))
-    done = load_checkpoint(args, optimizer, generator)
-    prompt_stream = itertools.islice(prompt_stream, done * args.rollouts, None)
-    with (open(f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8") as log,
-          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
-        for phase in range(done, phases):
-            set_lr(optimizer, args, phase / phases)
-            prompts = list(itertools.islice(prompt_stream, args.rollouts))
-            prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
-            metrics = {"episode": (phase + 1) * args.rollouts} | ppo_phase(
-                policy, value_head, task.ref, optimizer, task, prompts, prompt_rewards, args, generator)
-            if world and (phase == phases - 1 or (phase + 1) % args.eval_every == 0):
-                exact = exact_metrics(enumerate_policy(policy, world, args), world)
-                metrics |= exact
-                tqdm.write(exact_row(f"π_θ, {metrics['episode']} ep.", exact))
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, phase + 1, optimizer, generator)
-            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
-                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
-            bar.update(args.rollouts)
-
-    extra = {"episodes": phases * args.rollouts} | exact
-    if world:
-        extra["exact/kl_to_bon_of_optimum"] = optimum["exact/kl_to_bon"]
-    return close_run(args, task, world, *judge(task, *sample_policy(policy, task, args, device), ref_rewards, extra), policy)
-
-
-@torch.no_grad()
-def sample_policy(policy, task, args, device):
-    """One response of π_θ to each test prompt, and three estimates per prompt of KL(π_θ ‖ π_ref), all of the same mean:
-
-    "kl_to_ref"        Σ_t KL of the next-token distributions, summed over the vocabulary: exact at every token
-    "kl_to_ref_plain"  Σ_t log π_θ(y_t) − log π_ref(y_t) of the sampled tokens
-    "kl_to_ref_k3"     Σ_t e^{−x} − 1 + x with x that difference (Schulman's k3): positive, but of heavy tail
-    """
-    generator = torch.Generator(device).manual_seed(args.seed)
-    eos, T = task.tokenizer.eos_token_id, args.max_new_tokens
-    responses, kls = [], {"kl_to_ref": [], "kl_to_ref_plain": [], "kl_to_ref_k3": []}
-    for start in tqdm(range(0, len(task.test_prompts), args.minibatch), desc="test", leave=False):
-        prompts = task.test_prompts[start:start + args.minibatch]
-        prompt_ids = [task.encode(p) for p in prompts]
-        with autocast(args, device):
-            tokens, mask, _, _ = generate(policy, prompt_ids, torch.rand(len(prompts), T, generator=generator, device=device),
-                                          eos, args.temperature)
-            left, left_mask = pad(prompt_ids, eos, "left", device)
-            inputs = torch.cat([left, tokens[:, :-1]], 1), torch.cat([left_mask, mask[:, :-1]], 1), T
-            log_pi, log_ref = (forward(lm, *inputs)[0].div(args.temperature).log_softmax(-1)
-                               for lm in (policy, task.ref))
-        x = (log_pi - log_ref).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        for name, per_token in (("kl_to_ref", torch.sum(log_pi.exp() * (log_pi - log_ref), -1)), ("kl_to_ref_plain", x),
-                                ("kl_to_ref_k3", torch.expm1(-x) + x)):
-            kls[name] += torch.where(mask, per_token, 0.0).sum(1).tolist()
-        responses += decode(task, prompts, token_lists(tokens, mask))
-    return responses, kls
-
-
-def judge(task, responses, kls, ref_rewards, extra):
-    """Test metrics of one response to each test prompt: mean reward, win rate against π_ref's samples (ties count half)
-    and the KL, each with its standard error over prompts, π_ref's own reward, and whatever is in `extra`; and the samples."""
-    scores = checked_scores(task, task.test_prompts, responses)
-    r, ref = torch.tensor(scores, dtype=torch.double).unsqueeze(1), torch.stack([ref_rewards["test", p] for p in task.test_prompts])
-    metrics, places = {}, [in_distribution(p) for p in task.test_prompts]
-    parts = {"": [True] * len(places)} | {name: [p is place for p in places] for name, place in (("in/", True), ("out/", False)) if place in places}
-    for name, x in {"reward": r, "win_rate": (r > ref).double() + 0.5 * (r == ref), **kls, "ref/reward": ref}.items():
-        for part, rows in parts.items():  # tldr's test prompts: all, those of the subreddits that were trained on, the others
-            y = torch.as_tensor(x, dtype=torch.double).view(len(scores), -1)[torch.tensor(rows)].mean(1)
-            metrics[part + name], metrics[part + name + "_se"] = y.mean().item(), (y.std() / math.sqrt(len(y))).item() if len(y) > 1 else None
-    samples = [{"prompt": p, "response": y, "reward": s, "kl_to_ref": k, "ref_reward": f}
-               for p, y, s, k, f in zip(task.test_prompts, responses, scores, kls["kl_to_ref"], ref.mean(1).tolist())]
-    return metrics | extra, samples
-
-
-# ======================================================================================================================
-# 8. Plumbing, to be passed over at a first reading
-# ======================================================================================================================
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
-    """The command line as an `Args`; `positional` names a field that is given without a flag, `hidden` those without effect."""
-    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def one_line(message):
-        raise UserError(message + " (see --help)")
-    parser.error = one_line
-    for f in fields(Args):
-        default = ", ".join(f"{task} {value}" for task, value in f.metadata["per_task"].items()) or f.default
-        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
-        help = argparse.SUPPRESS if f.name in hidden else help
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        else:
-            choices = f.metadata["choices"]
-            kind = {"type": f.type, "metavar": "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()}
-        if f.name == positional:
-            parser.add_argument(f.name, help=help, **kind)
-        else:
-            parser.add_argument("--" + f.name.replace("_", "-"), help=help, default=f.default, **kind)
-    return Args(**vars(parser.parse_args(argv)))
-
-
-# --- loading models and prompts ---------------------------------------------------------------------------------------
-
-
-def load(what, loader, name, **kwargs):
-    """from_pretrained, with its many ways to fail told in one line."""
-    try:
-        if not kwargs:
-            return loader.from_pretrained(name)
-        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:  # the library would make them up at random
-            raise UserError(f"--{what} {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}: it is no such model")
-        return with_fused_gelu(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {what} {name!r} (config.json, tokenizer.json, model.safetensors): {reason} "
-                        f"Pass --{what} FOLDER to use a local one.") from None
-
-
-def with_fused_gelu(model):
-    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise operations, each of which reads and
-    writes the whole tensor and, in training, keeps it for the backward pass."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":  # ½x(1 + tanh(√(2/π)(x + 0.044715x³))), the same function
-                setattr(module, name, nn.GELU("tanh"))
-    return model
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def autocast(args, device):
-    """bfloat16 arithmetic where --dtype asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-def read_prompts(args, tokenizer, longest):
-    """--dataset's training and test prompts. Without a test split the last tenth is held out for testing."""
-    fields_read = ("prompt", "text", "subreddit", "title", "post")
-    if args.dataset.endswith((".jsonl", ".json")):
-        if not os.path.exists(args.dataset):
-            raise UserError(f"--dataset {args.dataset}: no such file")
-        rows = []
-        with open(args.dataset, encoding="utf-8", errors="replace") as file:
-            for i, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    rows.append({key: row[key] for key in fields_read if key in row})
-                    if not all(isinstance(value, str) for value in rows[-1].values()) or not rows[-1]:
-                        raise ValueError
-                except (ValueError, AttributeError, TypeError):
-                    raise UserError(f"--dataset {args.dataset}, line {i}: not an object with a string `prompt` or `text`") from None
-        splits = {"train": rows}
-    else:
-        import datasets
-        datasets.disable_progress_bars()
-        try:
-            splits = datasets.load_dataset(args.dataset)
-        except Exception as error:  # datasets raises a dozen unrelated types here
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load dataset {args.dataset!r}: {reason} "
-                            "Pass --dataset FOLDER or FILE.jsonl to use a local one.") from None
-        if "train" not in splits:
-            raise UserError(f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
-    train = splits["train"]
-    if len(train) < 2:
-        raise UserError(f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
-    if "test" in splits:
-        test = splits["test"]
-        train_rows, test_rows = range(len(train)), range(len(test))
-    else:
-        held_out = max(1, len(train) // 10)
-        test, train_rows, test_rows = train, range(len(train) - held_out), range(len(train) - held_out, len(train))
-    rng = random.Random(args.data_seed)
-
-    def draw(rows, indices, number, related=None):
-        """`number` prompts in random order; of tldr's, those that are or are not from the subreddits that are trained on."""
-        prompts = []
-        for i in rng.sample(indices, len(indices)):
-            if len(prompts) == number:
-                break
-            row = rows[i]
-            if isinstance(row.get("prompt"), str):
-                prompt = row["prompt"]
-            elif all(isinstance(row.get(key), str) for key in ("subreddit", "title", "post")):
-                if related not in (None, row["subreddit"] in IN_DISTRIBUTION):
-                    continue
-                prompt = tldr_prompt(row, tokenizer, longest)
-            elif isinstance(row.get("text"), str):
-                ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
-                prompt = tokenizer.decode(ids)
-                # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
-                if tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids:
-                    continue
-            else:
-                raise UserError(f"--dataset {args.dataset} has a row without a `prompt` or `text` that is a string, only {', '.join(row)}")
-            if related in (None, in_distribution(prompt)):
-                prompts.append(prompt)
-        if not prompts:
-            kind = {None: "", True: " of r/relationships or r/relationship_advice", False: " of other subreddits"}[related]
-            raise UserError(f"--dataset {args.dataset} gave no prompt{kind}")
-        return prompts
-
-    if args.task != "tldr":
-        return draw(train, train_rows, args.train_prompts), draw(test, test_rows, args.test_prompts)
-    half = (args.test_prompts + 1) // 2
-    return draw(train, train_rows, args.train_prompts, True), [
-        *draw(test, test_rows, half, True), *draw(test, test_rows, args.test_prompts - half, False)]
-
-
-IN_DISTRIBUTION = ("relationships", "relationship_advice")  # tldr trains on these subreddits; tests are half on them, half on others
-
-
-def in_distribution(prompt):
-    """Whether a tldr prompt comes from the subreddits that are trained on; None for a prompt that names no subreddit."""
-    return prompt.split("\n")[0][len("SUBREDDIT: r/"):] in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
-
-
-def tldr_prompt(row, tokenizer, longest):
-    """OpenAI's format for a Reddit post, which loses its last paragraphs, or else its last words, to fit `longest` tokens."""
-    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
-    post = row["post"].strip()
-    while post and len(tokenizer.encode(head + post + tail)) > longest:
-        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
-    return head + post + tail
-
-
-# --- the KV cache -----------------------------------------------------------------------------------------------------
+def roomy_cache(lm):
+    """transformers' KV cache of lm, its plain layers replaced by ones with room to grow."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+    kv = DynamicCache(config=lm.config)
+    kv.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in kv.layers]
+    return kv
 
 
 @cache
 def roomy_layer():
-    """transformers' cache of one layer, with room to grow: its own concatenates, which copies the whole cache for every token.
-    (A class made on the first call, since importing transformers takes seconds that `import vbon` should not.)"""
+    """The class of such a layer. transformers' own concatenates, which copies the cache for every token.
+    (Made on the first call: importing transformers takes seconds that `import vbon` should not.)"""
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        room = None  # buffers of keys and values; self.keys and self.values are views of what is in use of them
+        room = None  # buffers of keys and values, of which self.keys and self.values are the used part
 
         def update(self, key_states, value_states, *args, **kwargs):
             B, heads, new, _ = key_states.shape
-            length = self.get_seq_length()
+            length, states = self.get_seq_length(), (key_states, value_states)
             if self.room is None or self.room[0].shape[2] < length + new:
-                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in (key_states, value_states)]
+                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in states]
                 if length:
                     self.room[0][:, :, :length], self.room[1][:, :, :length] = self.keys, self.values
                 self.is_initialized = True
-            for buffer, x in zip(self.room, (key_states, value_states)):
+            for buffer, x in zip(self.room, states):
                 buffer[:B, :, length:length + new] = x
             self.keys, self.values = (buffer[:B, :, :length + new] for buffer in self.room)
             return self.keys, self.values
@@ -1209,304 +1386,35 @@ def roomy_layer():
     return RoomyLayer
 
 
-# --- π_ref's samples: drawn by hand or by vLLM, kept in a file ---------------------------------------------------------
+def with_fused_gelu(model):
+    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise operations, each
+    of which reads and writes the whole tensor and, in training, keeps it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":  # ½x(1 + tanh(√(2/π)(x + 0.044715x³))): the same
+                setattr(module, name, nn.GELU("tanh"))
+    return model
 
 
-def reference_samples(task, args, device, keep_tokens=False):
-    """The rewards of M samples of π_ref for every training prompt, and of test_M for every test prompt, in ascending order.
+# ========== 11. Processes, files, the command line ==========================================================
 
-    Returns {(split, prompt): (M,) float64}; with keep_tokens {(split, prompt): (rewards in the order drawn, list of lists of
-    token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them, then lines {"split",
-    "prompt", "start", "responses", "rewards", "tokens", "crc32"}. A second run reads them; one with a larger M, or more
-    prompts, or one that was killed, adds what is missing, and two runs at once take turns. The samples of a prompt depend
-    on --data-seed, the split and the prompt alone. Objective rlhf, which has no F, needs none for training.
-    """
-    header = {"vbon_samples": 3, "task": args.task, "ref": fingerprint(task.ref),
-              "tokenizer": hashlib.sha256(json.dumps(sorted(task.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
-              "reward": task.reward_id, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-              "dtype": args.dtype, "data_seed": args.data_seed}
-    path = args.samples or f"samples/{args.task}-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]}.jsonl"
-    M = 0 if args.objective == "rlhf" else args.M
-    wanted = {("train", p): M for p in task.train_prompts} | {("test", p): args.test_M for p in task.test_prompts}
-
-    def missing():
-        return [key for key in wanted if len(rewards.get(key, ())) < wanted[key]]
-    rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens))
-    if args.import_samples or missing():
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with (locked(path) if rank() == 0 else nullcontext()):
-            rewards, tokens = from_first(lambda: read_samples(path, header, keep_tokens, mend=True))
-
-            def keep(lines):
-                append_lines(path, header, lines)
-                for line in lines:
-                    key = line["split"], line["prompt"]
-                    rewards.setdefault(key, []).extend(line["rewards"])
-                    tokens.setdefault(key, []).extend(line["tokens"] if keep_tokens else [])
-            if args.import_samples:
-                keep(imported_lines(args.import_samples, task, args, wanted, {key: len(r) for key, r in rewards.items()}))
-            total = sum(wanted[key] - len(rewards.get(key, ())) for key in missing())
-            with (sampler(task, args, device) if total else nullcontext((None, 1)) as (sample, rows),
-                  tqdm(total=total, desc=f"π_ref's samples -> {path}", unit="", disable=not total) as bar):
-                todo = set(missing())
-                batches = [b for b in fixed_batches(wanted, rows, lambda p: len(task.encode(p))) if todo & set(b)]
-                have = {key: len(r) for key, r in rewards.items()}
-                for i in range(0, len(batches), processes()):  # each process draws one batch, if any is left, and gets the lines of all
-                    mine = batches[i + rank():i + rank() + 1]
-                    for lines in gathered([line for b in mine for line in draw_lines(task, args, b, wanted[b[0]], have, sample)]):
-                        keep(lines)
-                        bar.update(sum(len(line["rewards"]) for line in lines))
-    else:
-        print(f"π_ref's samples: read from {path}")
-
-    def first(key, M):
-        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
-        return (r, tokens[key][:M]) if keep_tokens else r.sort().values
-    return {key: first(key, M) for key, M in wanted.items()}
-
-
-def fixed_batches(wanted, rows, length):
-    """The keys (split, prompt) of `wanted` in batches of about `rows` responses, prompts of similar length together.
-
-    A batch is drawn as a whole, and batches depend on nothing but what is wanted: rounding differs between batches of other
-    shapes, so this is what makes a run that was killed and started again end with the very bytes of one that was not.
-    """
-    batches = []
-    for split in ("train", "test"):
-        keys = sorted((key for key in wanted if key[0] == split), key=lambda key: (length(key[1]), key))
-        per_batch = max([1, *(rows // max(1, wanted[key]) for key in keys[:1])])
-        batches += [keys[i:i + per_batch] for i in range(0, len(keys), per_batch)]
-    return batches
-
-
-def draw_lines(task, args, batch, M, have, sample):
-    """Draws and scores what is missing of one batch of prompts: the lines for the file, as dicts."""
-    drawn = [have.get(key, 0) for key in batch]
-    start = min((n for n in drawn if n < M), default=M)
-    ids = sample(batch, start, M)
-    prompts = [prompt for _, prompt in batch for _ in range(start, M)]
-    responses = decode(task, prompts, [row for rows in ids for row in rows])
-    rewards = checked_scores(task, prompts, responses)
-    lines = []
-    for j, ((split, prompt), n) in enumerate(zip(batch, drawn)):
-        rows = slice(j * (M - start) + n - start, (j + 1) * (M - start))
-        if n < M:
-            lines.append({"split": split, "prompt": prompt, "start": n, "responses": responses[rows], "rewards": rewards[rows],
-                          "tokens": ids[j][n - start:]})
-    return lines
-
-
-def seed_of(*what):
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
-
-
-def hand_sampler(task, args, device):
-    """A function (keys, start, M) -> responses number start … M−1 of π_ref to each prompt, lists of token ids with EOS."""
-    def sample(keys, start, M):
-        uniforms = np.concatenate([np.random.default_rng(seed_of(args.data_seed, *key)).random((M, args.max_new_tokens), np.float32)[start:]
-                                   for key in keys])
-        ids = []
-        for rows in torch.from_numpy(uniforms).split(args.sample_batch if len(keys) == 1 else len(uniforms)):
-            with autocast(args, device):
-                tokens, mask, _, _ = generate(task.ref, [task.encode(prompt) for _, prompt in keys], rows.to(device),
-                                              task.tokenizer.eos_token_id, args.temperature)
-            ids += token_lists(tokens, mask)
-        return [ids[i:i + M - start] for i in range(0, len(ids), M - start)]
-    return sample
-
-
-@contextmanager
-def sampler(task, args, device):
-    """The function that samples π_ref, and how many responses it takes at a time: by hand, or by a vLLM engine, which is shut
-    down at the end so that training has the memory."""
-    use_vllm = {"auto": importlib.util.find_spec("vllm") is not None and device.type == "cuda" and processes() == 1 and args.task != "toy",
-                "hand": False, "vllm": True}[args.backend]
-    print(f"π_ref's samples: drawn by {'vLLM' if use_vllm else 'this script'}")
-    if not use_vllm:
-        yield hand_sampler(task, args, device), args.sample_batch
-        return
-    if processes() > 1:
-        raise UserError("--backend vllm has an engine of its own: draw the samples with one process first, then start torchrun")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise UserError(f"--backend vllm: {error}; see requirements.txt for what fits beside the rest") from None
-    llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
-              max_model_len=getattr(task.ref.config, "max_position_embeddings", None), gpu_memory_utilization=0.5)
-
-    def sample(keys, start, M):
-        params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens, detokenize=False,
-                                 seed=(seed_of(args.data_seed, *key) >> 3) + start) for key in keys]  # vLLM adds 0 … n−1 to it
-        prompts = [{"prompt_token_ids": task.encode(prompt)} for _, prompt in keys]
-        return [[list(one.token_ids) for one in request.outputs] for request in llm.generate(prompts, params, use_tqdm=False)]
-    try:
-        yield sample, 16_384
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def token_lists(tokens, mask):
-    """Responses (B, T) as B lists of token ids, EOS included."""
-    return [row[:n] for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
-
-
-def decode(task, prompts, rows):
-    """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space otherwise. EOS
-    leaves no trace, unless the reward must see it (task.end)."""
-    def text(ids):
-        return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
-    eos = task.tokenizer.eos_token_id
-    return [text(starts[p][0] + row)[starts[p][1]:] + (task.end if row[-1:] == [eos] else "") for p, row in zip(prompts, rows)]
-
-
-def checked_scores(task, prompts, responses):
-    """The rewards, all finite; else the response that has none is named."""
-    scores = task.score(prompts, responses)
-    for prompt, response, score in zip(prompts, responses, scores):
-        if not math.isfinite(score):
-            raise UserError(f"the reward model gave {score} for the prompt {prompt!r} with the response {response!r}")
-    return scores
-
-
-def fingerprint(model):
-    """A short hash of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def locked(path):
-    """Holds the file of samples against other runs, which wait for their turn. (Windows has no such locks: none is taken.)"""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    while True:
-        file = open(path, "ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run is filling {path}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            break
-        file.close()  # it was removed meanwhile
-    try:
-        yield
-    finally:
-        if os.path.getsize(path) == 0:
-            os.remove(path)
-        file.close()
-
-
-def append_lines(path, header, lines):
-    """Adds lines to the file of samples, each sealed by a checksum, so that no damage can pass for a reward."""
-    if rank() > 0 or not lines:
-        return
-    with open(path, "ab") as file:
-        bodies = [json.dumps(line, ensure_ascii=False)[:-1].encode() for line in lines]
-        sealed = b"".join(body + f', "crc32": {zlib.crc32(body)}}}\n'.encode() for body in bodies)
-        file.write(sealed if file.tell() else json.dumps(header).encode() + b"\n" + sealed)
-
-
-def read_samples(path, header, keep_tokens=False, mend=False):
-    """{(split, prompt): list of rewards} and the like of token ids from a file of samples; empty if there is none yet.
-
-    Raises UserError where the file was made by other models or settings, or a line is damaged. A last line without its
-    line break was being written when a run was killed: it does not count, and `mend` cuts it off.
-    """
-    rewards, tokens, whole = {}, {}, 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if not line.endswith(b"\n"):
-                        if number == 1 and not json.dumps(header).encode().startswith(line):  # not even our own header, torn
-                            raise UserError(f"{path} is not a file of samples: pass another with --samples")
-                        if mend:
-                            os.truncate(path, whole)
-                        break
-                    whole += len(line)
-                    entry = json.loads(line)
-                    if number == 1:
-                        for key, value in header.items():
-                            if entry.get(key) != value:
-                                raise UserError(f"{path} was made with {key} = {entry.get(key)!r}, this run has {value!r}: "
-                                                "pass another file with --samples, or remove it")
-                        continue
-                    body, _, checksum = line.rpartition(b', "crc32": ')
-                    values = rewards.setdefault((entry["split"], entry["prompt"]), [])
-                    if zlib.crc32(body) != int(checksum[:-2]) or entry["start"] != len(values):
-                        raise ValueError
-                    values += entry["rewards"]
-                    if keep_tokens:
-                        tokens.setdefault((entry["split"], entry["prompt"]), []).extend(entry["tokens"])
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f"{path}, line {number} is damaged: remove the file, or the line and all after it") from None
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return rewards, tokens
-
-
-def imported_lines(path, task, args, wanted, have):
-    """Training samples from a file of the authors' lines, {"prompt", "responses", "rewards"} or {"prompt", "text", "reward"}, for
-    the prompts that have none yet. That --ref made them at this temperature is for the user to know. Raises UserError."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                texts, rewards = (row["responses"], row["rewards"]) if "responses" in row else ([row["text"]], [row["reward"]])
-                if not isinstance(row["prompt"], str) or len(texts) != len(rewards) or not all(isinstance(t, str) for t in texts) \
-                        or not all(type(r) in (int, float) and math.isfinite(r) for r in rewards):
-                    raise ValueError
-                found.setdefault(row["prompt"], []).extend(zip(texts, rewards))
-    except OSError as error:
-        raise UserError(f"--import-samples {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--import-samples {path}, line {number}: no prompt with its responses and finite rewards") from None
-    lines, eos = [], task.tokenizer.eos_token_id
-    for prompt, pairs in found.items():
-        if ("train", prompt) in wanted and not have.get(("train", prompt)):
-            texts = [text.removeprefix(prompt) for text, _ in pairs]  # their "text" holds the prompt too
-            start = len(task.encode(prompt))
-            ids = [task.tokenizer.encode(prompt + text.removesuffix(task.end))[start:] for text in texts]
-            ids = [row + [eos] if len(row) < args.max_new_tokens else row[:args.max_new_tokens] for row in ids]
-            lines.append({"split": "train", "prompt": prompt, "start": 0, "responses": texts, "rewards": [r for _, r in pairs], "tokens": ids})
-    print(f"{path}: samples of {len(lines)} of the {len(set(task.train_prompts))} training prompts taken over")
-    return lines
-
-
-# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing -----------------------------
+# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing ------------------
 
 
 def start_processes(args):
-    """Under torchrun, joins the other processes; all but the first fall silent. Each takes the GPU of its number."""
+    """Under torchrun, joins the other processes, of which all but the first fall silent."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    signal.signal(signal.SIGTERM, another_ended)  # sent by torchrun where a process has died
     dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
+    even = args.rollouts % processes() == 0 and args.minibatch % processes() == 0
+    need(even, f"--rollouts {args.rollouts} and --minibatch {args.minibatch} cannot be shared out evenly to "
+         f"{processes()} processes")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-
-
-def another_ended(*_):
-    """another process of this run ended, see its message; the same command with --resume goes on from the last checkpoint"""
-    raise UserError(another_ended.__doc__)
 
 
 def rank():
@@ -1525,185 +1433,322 @@ def gathered(x):
     return everyones
 
 
-def from_first(make):
-    """make() of the first process, in all of them."""
-    box = [make() if rank() == 0 else None]
+def average_gradients(optimizer):
+    """Replaces every gradient by its mean over the processes, in one message."""
     if processes() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def add_up(tensors):
-    """Sums tensors over the processes, in place, in one message."""
-    if processes() > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
+        gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+        flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+        for g, total in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(total.view_as(g) / processes())
 
 
-# --- the run's folder, its checkpoints, what it shows -----------------------------------------------------------------
+# --- the device, the optimizer, the order of prompts --------------------------------------------------------
 
 
-def begin(args):
-    """The device and the task."""
-    # Large tensors in pages of 2 MB (Linux): mapping a B×T×V tensor in pages of 4 KB takes time that shows. torch reads this at its first tensor.
+def setup(args):
+    """The task, its models loaded and its prompts read. Resolves "auto" in args.device and args.backend."""
+    # Large tensors in pages of 2 MB (Linux): mapping a B×T×V tensor in pages of 4 KB takes time that shows.
+    # torch reads this at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
     logging.disable_progress_bar()
     start_processes(args)
-    device = pick_device(args.device)
-    task = (toy_task if args.task == "toy" else text_task)(args, device)
-    print(f"{args.task}: {sum(p.numel() for p in task.ref.parameters()):,} parameters on {device}, "
+    args.device = pick_device(args.device)
+    if args.backend == "auto":
+        can = args.task != "toy" and args.device.startswith("cuda") and processes() == 1
+        args.backend = "vllm" if can and importlib.util.find_spec("vllm") else "hand"
+    task = toy_task(args) if args.task == "toy" else text_task(args)
+    print(f"{args.task}: {sum(p.numel() for p in task.ref.parameters()):,} parameters on {args.device}, "
           f"{len(task.train_prompts)} training and {len(task.test_prompts)} test prompts")
-    return device, task
+    return task
 
 
-def open_run(args, task):
-    """Called once the input is known to be good: makes the run's folder; for the toy computes its exact world and prints it."""
-    os.makedirs(args.out, exist_ok=True)
-    for name in ("result.json", "samples.jsonl") + (() if args.resume else ("checkpoint.pt",)):
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with reading(f"--device {name}"):
+        return str(torch.empty(0, device=name).device)
+
+
+def autocast(args):
+    """bfloat16 arithmetic where --dtype asks for it."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def make_optimizer(parameters, args):
+    """AdamW over the parameters that are trained, with trlx's constants."""
+    trained = [p for p in parameters if p.requires_grad]
+    return torch.optim.AdamW(trained, args.lr, (0.9, 0.95), args.adam_eps, weight_decay=1e-6, fused=True)
+
+
+def set_learning_rate(optimizer, args, progress):
+    """The learning rate after this share of training."""
+    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
+
+
+def check_weights(optimizer):
+    """Raises UserError before weights that are no numbers can be kept."""
+    finite = all(p.isfinite().all() for p in optimizer.param_groups[0]["params"])
+    need(finite, "the weights are no longer finite: pass a smaller --lr")
+
+
+def shuffled(items, seed):
+    """Endless: every item once, in random order, before any comes twice."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def is_milestone(step, steps):
+    """True after every eighth part of the steps, and after the last."""
+    return (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps
+
+
+# --- the run's folder ---------------------------------------------------------------------------------------
+
+# Where and how a run is made, not what: --resume may change these.
+PLACES = ("out", "device", "overwrite", "save_every", "resume", "sample_batch")
+
+
+def check_folder(args):
+    """Refuses a folder that holds a finished run, and --resume with settings that differ."""
+    need(args.overwrite or not os.path.exists(f"{args.out}/result.json"),
+         f"{args.out} holds a finished run: pass another --out, or --overwrite to replace it")
+    if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
+        with reading(f"--resume: {args.out}/config.json is damaged, start the run anew"):
+            with open(f"{args.out}/config.json", encoding="utf-8") as file:
+                started = json.load(file).items()
+        for name, value in started:
+            asked = getattr(args, name, None)
+            need(name in PLACES or asked == value or (name, asked) == ("backend", "auto"),
+                 f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
+
+
+def hold_folder(args):
+    """Makes the run's folder, and holds it against other runs as long as what this returns lives."""
+    return take_lock(f"{args.out}/.lock", wait=False)
+
+
+def take_lock(path, wait):
+    """Takes a lock file, which names who holds it, until it is released or the lock is forgotten. Where
+    another run has it: waits for that to end, or raises UserError."""
+    from filelock import FileLock, Timeout
+    if rank() > 0:
+        return None
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with open(path, encoding="utf-8") as file:
+            holder = file.read() or "another run"
+        need(wait, f"{os.path.dirname(path)} is being written by {holder}: wait, or pass another --out")
+        print(f"{path} is held by {holder}: waiting for it", flush=True)
+        lock.acquire()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"process {os.getpid()} of {platform.node()}")
+    return lock
+
+
+def open_run(args, task, ref_rewards=None):
+    """Clears the folder of an earlier run. For the toy returns its exact world, and prints what training
+    starts from and, given the samples, aims at."""
+    for name in ["result.json", "samples.jsonl"] + ([] if args.resume else ["checkpoint.pt"]):
         if rank() == 0 and os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
     if args.task != "toy":
         return None
-    world = exact_world(task, args)
-    print(f"toy: all {len(world['responses']):,} responses to each of {len(world['prompts'])} prompts enumerated, "
+    world = ExactWorld(task, args)
+    print(f"toy: all {len(world.responses):,} responses to each of {len(world.prompts)} prompts enumerated, "
           f"{time.perf_counter() - args.started:.0f} s\n\n"
           "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
-    print(exact_row("π_ref", exact_metrics(world["log_ref"], world)))
-    print(exact_row(f"π_bon, N = {args.N}", exact_metrics(world["log_bon"], world)))
+    print(world.row("π_ref", world.metrics(world.log_ref)))
+    print(world.row(f"π_bon, N = {args.N}", world.metrics(world.log_bon)))
+    if ref_rewards:
+        world.aim = world.metrics(world.optimum(ref_rewards))
+        print(world.row("what training aims at", world.aim))
     return world
 
 
-def close_run(args, task, world, metrics, samples, policy=None):
-    """Writes the test metrics, samples and policy, result.json last: it marks the run as finished. Shows what came out."""
-    result = {"task": args.task, "objective": args.objective, "N": args.N, "beta": args.beta, "M": args.M, "seed": args.seed,
-              "seconds": round(time.perf_counter() - args.started, 1)} | metrics
-    if policy is not None:
-        save_policy(policy, task.tokenizer, f"{args.out}/policy")
-    write_whole(f"{args.out}/samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-    write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
+def metrics_file(args):
+    """Where metrics are appended to; of several processes the first one writes, here and in `write_whole`."""
+    return f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull
+
+
+def write_whole(path, text):
+    """Writes a file under a temporary name, then renames: it is there whole or not at all."""
+    if rank() == 0:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(path + ".tmp", path)
+
+
+def save_results(args, task, world, metrics, samples, policy=None):
+    """Writes policy and samples, and result.json last: it marks the run as finished. Shows what came out."""
+    result = {name: getattr(args, name) for name in ("task", "objective", "N", "beta", "M", "seed")}
+    result |= {"seconds": round(time.perf_counter() - args.started, 1)} | metrics
+    if hasattr(world, "aim"):
+        result["exact/kl_to_bon_of_optimum"] = world.aim["exact/kl_to_bon"]
     if rank() > 0:
         return result
+    shutil.rmtree(f"{args.out}/policy", ignore_errors=True)
+    if policy is not None:  # a plain Hugging Face folder, which from_pretrained and vLLM load
+        policy.save_pretrained(f"{args.out}/policy")
+        task.tokenizer.save_pretrained(f"{args.out}/policy")
+    lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
+    write_whole(f"{args.out}/samples.jsonl", "".join(lines))
+    write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     if os.path.exists(f"{args.out}/checkpoint.pt"):
         os.remove(f"{args.out}/checkpoint.pt")
     if world and policy is not None:
-        show_responses("before: π_ref (reward)", world, world["log_ref"], args)
-        show_responses("after: π_θ, one sample each", world, enumerate_policy(policy, world, args), args)
-        show_responses(f"the real Best-of-{args.N}", world, world["log_bon"], args)
+        world.show_responses("before: π_ref (reward)", world.log_ref)
+        world.show_responses("after: π_θ, one sample each", world.log_probs(policy))
+        world.show_responses(f"the real Best-of-{args.N}", world.log_bon)
     else:
         for s in samples[:4]:
             print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
 
     def pm(key, scale=1, digits=3):
         return f"{scale * result[key]:.{digits}f} ± {scale * (result[key + '_se'] or 0):.{digits}f}"
+    files = [name for name in sorted(os.listdir(args.out)) if name[0] != "."]
     print(f"\ntest, ± standard error over prompts (and Best-of-{args.N}):\n"
           f"  reward      {pm('reward')}  (π_ref {result['ref/reward']:.3f})\n"
           f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
           f"  KL to π_ref {pm('kl_to_ref')} nats  (≤ {bon_kl(args.N):.3f})\n"
-          f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}   [{result['seconds']:.0f} s]")
+          f"{args.out}: {', '.join(files)}   [{result['seconds']:.0f} s]")
     return result
 
 
-def write_whole(path, text):
-    """Writes a file under a temporary name, then renames: it is there whole or not at all. Of several processes the first writes."""
-    if rank() > 0:
-        return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_policy(policy, tokenizer, folder):
-    """A plain Hugging Face folder, which from_pretrained and vLLM load."""
-    if rank() > 0:
-        return
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    policy.save_pretrained(folder + ".tmp")
-    tokenizer.save_pretrained(folder + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder + ".tmp", folder)
+def save_checkpoint(args, task, done, optimizer, generator=None):
+    """All that a run needs to go on after `done` steps, of a line of metrics each: weights, their moments,
+    the random generator of each process. The rest follows from the seed."""
+    weights = [p.detach() for p in optimizer.param_groups[0]["params"]]
+    state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
+             "generators": gathered(generator and generator.get_state())}
+    if rank() == 0:
+        torch.save(state, f"{args.out}/checkpoint.tmp")
+        os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def save_checkpoint(args, done, optimizer, generator=None):
-    """All that a run needs to go on after `done` phases (a line of metrics each): weights and their moments, the generator.
-    The rest follows from the seed."""
-    if rank() > 0:
-        return
-    torch.save({"done": done, "weights": [p.detach() for p in optimizer.param_groups[0]["params"]],
-                "optimizer": optimizer.state_dict(), "generator": generator and generator.get_state()}, f"{args.out}/checkpoint.tmp")
-    os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
-
-
-def load_checkpoint(args, optimizer, generator=None):
-    """Puts the run back to its last checkpoint, cuts off the metrics of later phases, and returns how many were done."""
-    path = f"{args.out}/checkpoint.pt"
+def load_checkpoint(args, task, optimizer, generator=None):
+    """Goes back to the last checkpoint and cuts off later metrics. Returns how many steps were done."""
+    path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
     if not (args.resume and os.path.exists(path)):
-        write_whole(f"{args.out}/metrics.jsonl", "")
+        write_whole(metrics, "")
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
-            p.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    if generator:
-        generator.set_state(state["generator"])
-    with open(f"{args.out}/metrics.jsonl", encoding="utf-8") as file:
-        lines = file.readlines()
-    write_whole(f"{args.out}/metrics.jsonl", "".join(lines[:state["done"]]))
+    with reading(f"--resume: {args.out} is damaged, remove checkpoint.pt to start the run anew"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(metrics, encoding="utf-8") as file:
+            lines = file.readlines()[:state["done"]]
+        made_by = len(state["generators"])
+        need(len(lines) == state["done"], f"--resume: {metrics} has lost lines: remove checkpoint.pt")
+        need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref than {args.ref}")
+        need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
+        with torch.no_grad():
+            for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
+                p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        if generator:
+            generator.set_state(state["generators"][rank()])
+    write_whole(metrics, "".join(lines))
     print(f"resumed from {path}")
     return state["done"]
 
 
-def set_lr(optimizer, args, progress):
-    """The learning rate after this share of training."""
-    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
+# --- errors and the command line ----------------------------------------------------------------------------
 
 
-def shuffled(items, rng):
-    """Endless: every item once, in random order, before any comes twice."""
-    while True:
-        yield from rng.sample(items, len(items))
+class UserError(Exception):
+    """Something that the user can mend. It is printed as one line, and the exit code is 2."""
 
 
-def enumerate_policy(policy, world, args):
-    """log π_θ of every response to every toy prompt, (P, S)."""
-    return torch.stack([enumerate_log_p(policy, p, args) for p in world["prompts"]])
+def need(condition, message):
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def exact_row(name, exact):
-    return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
-            f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
+def check(args):
+    """Raises UserError where a number is out of its range, or where flags do not go together."""
+    def inside(names, low, high):
+        for name in names.split():
+            value, named = getattr(args, name), "--" + name.replace("_", "-")
+            fits = value is None or low <= value <= high
+            need(fits, f"{named} must be from {low:g} to {high:g}, not {value}")
+    inside("N M train_prompts test_prompts test_M max_new_tokens sample_batch", 1, 1e9)
+    inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
+    inside("temperature clip", 1e-3, 1e3)
+    inside("lr adam_eps reward_clip", 1e-30, 1e30)
+    inside("beta value_coef save_every", 0, 1e9)
+    inside("no_eos_reward", -1e30, 1e30)
+    inside("lam", 0, 1)
+    inside("seed data_seed", 0, 2 ** 62)
+    need(args.estimator != "smooth" or args.M >= 3, "--estimator smooth needs --M of at least 3")
+    if args.task == "toy":
+        need(args.max_new_tokens <= 4, "toy enumerates 18^T responses: --max-new-tokens at most 4")
+        foreign = [args.ref, args.reward, args.dataset, args.no_eos_reward, args.backend == "vllm" or None]
+        need(foreign == [None] * 5, "toy has no --ref, --reward, --dataset, --no-eos-reward, --backend vllm: "
+             "they go with --task imdb or tldr")
 
 
-def show_responses(title, world, log_pi, args):
-    """A few responses to each toy prompt, drawn from a distribution over all of them."""
-    generator = torch.Generator().manual_seed(args.seed)
-    print(f"\n{title}")
-    for prompt, row in zip(world["texts"], log_pi):
-        picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
-        shown = (f"{world['responses'][i] or '(nothing)'} ({world['rewards'][i]:+.1f})" for i in picks)
-        print(f"  {prompt:<16} " + "  ·  ".join(shown))
+@contextmanager
+def reading(what):
+    """Whatever goes wrong while a user's file or model is read becomes one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types here
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what}: {reason}") from None
+
+
+def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
+    """The command line as an `Args`; `positional` names a field without a flag, `hidden` useless ones."""
+    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    for f in fields(Args):
+        recipe = {task: values[f.name] for task, values in Args.recipes.items() if f.name in values}
+        default = ", ".join(f"{task} {value}" for task, value in recipe.items()) or f.default
+        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        kind = {"action": "store_true"} if f.type is bool else {
+            "type": f.type, "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
+        if f.name == positional:
+            parser.add_argument(f.name, help=help, **kind)
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                                help=argparse.SUPPRESS if f.name in hidden else help, **kind)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def refuse(message):
+    """What argparse calls for a bad flag."""
+    raise UserError(f"{message} (see --help)")
+
+
+def run_script(name, run):
+    """Calls run() and returns the exit code. What a user can mend is told in one line, with code 2."""
+    try:
+        run()
+    except (UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; with --resume it goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 def main(argv=None):
-    try:
-        train(parse_args(argv))
-    except UserError as error:
-        print(f"vbon.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # a message to a process that is gone: gloo and NCCL have no class for it
-        if processes() == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
-            raise
-        print(f"vbon.py: {another_ended.__doc__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vbon.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return run_script("vbon.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":

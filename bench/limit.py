@@ -1,29 +1,32 @@
 #!/usr/bin/env python3
-"""How close a PPO phase of vbon.py comes to the machine: the FLOPs that it needs over the time it takes, against matrix products.
+"""How close a PPO phase comes to the machine: the FLOPs that it needs over its time, against matrix products.
 
     python bench/limit.py                                          # random models
-    python bench/limit.py --ref DIR --reward DIR --dataset DIR --threads 1 --unfrozen-layers 2 --csv results/bench-limit.csv
+    python bench/limit.py --ref DIR --reward DIR --dataset DIR --threads 1 --unfrozen-layers 2 --csv FILE
 
-"needed" is what the mathematics asks for, without padding and without prompt positions in the LM head: a token through P weights
-costs 2P, attention 4·width·context per layer, a backward pass twice the forward; a frozen layer has none. "done" is what torch's
-counter saw. The limit is the rate of torch's own matrix product at the shapes of each part, weighted by their FLOPs and measured
-in turns with the phases; "of large" compares with a product of two large square matrices instead.
+"needed" is what the mathematics asks for, without padding and without prompt positions in the LM head: a
+token through P weights costs 2P, attention 4·width·context per layer, a backward pass twice the forward; a
+frozen layer has none. "done" is what torch's counter saw. The limit is the rate of torch's own matrix product
+at the shapes of each part, weighted by their FLOPs and measured in turns with the phases; "of large" compares
+with a product of two large square matrices instead.
 """
 import itertools
 import statistics
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import common
 import vbon
+from common import PARTS
 
-PARTS = ("rollout", "score", "update")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
-# --- what a phase needs, and what it does -----------------------------------------------------------------------------
+# --- what a phase needs, and what it does -------------------------------------------------------------------
 
 
 def layer_matrices(lm):
@@ -49,7 +52,8 @@ def needed_flops(l, prompts, length, reward_flops):
         per_layer = 2 * weights * tokens + 4 * lm.config.hidden_size * tokens * (tokens + 1) / 2
         needed["rollout"] += layers * per_layer + length * (head + value_head)
         needed["score"] += trained * per_layer + length * head  # a frozen trunk was run while decoding
-        needed["update"] += l.args.ppo_epochs * (3 * trained * per_layer + length * (head_passes * head + 3 * value_head))
+        heads = length * (head_passes * head + 3 * value_head)
+        needed["update"] += l.args.ppo_epochs * (3 * trained * per_layer + heads)
     return needed
 
 
@@ -62,35 +66,32 @@ def counter():
 
     def backward(grad, q, k, v, *args, out_shape=None, **kwargs):
         return sdpa_backward_flop_count(grad, q, k, v)
-    return FlopCounterMode(display=False, custom_mapping={aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                                                          aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
 
 
 @contextmanager
 def parts(enter):
-    """Calls enter("rollout"), enter("score"), enter("update") as a phase comes to each part, and enter(None) at its end."""
-    generate, whiten = vbon.generate, vbon.whiten
+    """Calls enter("rollout"), enter("score"), enter("update") as each begins, and enter(None) at the end."""
+    generate, update = vbon.generate, vbon.update
 
-    def rollout(*args, **kwargs):
+    def rollout(*args):
         enter("rollout")
-        out = generate(*args, **kwargs)
+        out = generate(*args)
         enter("score")
         return out
 
-    def last_of_score(*args):
-        out = whiten(*args)
+    def marked_update(*args):
         enter("update")
-        return out
-    vbon.generate, vbon.whiten = rollout, last_of_score
-    try:
+        return update(*args)
+    with mock.patch.multiple(vbon, generate=rollout, update=marked_update):
         yield
-        enter(None)
-    finally:
-        vbon.generate, vbon.whiten = generate, whiten
+    enter(None)
 
 
 def done_flops(l, prompts):
-    """{part: FLOPs} that torch counts in a phase, what of them is the reward model's, and the mean length of a response."""
+    """{part: FLOPs} that torch counts in a phase, what of them is the reward's, mean length of a response."""
     marks, reward, score = [], [], l.task.score
 
     def counted_score(*args):
@@ -98,24 +99,27 @@ def done_flops(l, prompts):
         out = score(*args)
         reward.append(count.get_total_flops() - before)
         return out
-    with counter() as count, parts(lambda part: marks.append(count.get_total_flops())):
-        l.task.score = counted_score
+    with (mock.patch.object(l.task, "score", counted_score), counter() as count,
+          parts(lambda part: marks.append(count.get_total_flops()))):
         metrics = common.phase(l, prompts)
-        l.task.score = score
-    return dict(zip(PARTS, (b - a for a, b in zip(marks, marks[1:])))), sum(reward), metrics["objective/length"]
+    done = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(marks))))
+    return done, sum(reward), metrics["objective/length"]
 
 
-# --- the limit, and what is lost --------------------------------------------------------------------------------------
+# --- the limit, and what is lost ----------------------------------------------------------------------------
 
 
 def shapes(l, prompts):
-    """{part: list of (rows, inner, columns, times)}: the matrix products that each part consists of, but for the reward model's."""
+    """{part: [(rows, inner, columns, times)]}: the matrix products of each part without the reward's."""
     V, H = l.task.ref.get_output_embeddings().weight.shape
-    layers, trained, T = l.task.ref.config.num_hidden_layers, trained_layers(l), l.args.max_new_tokens
-    B, rows, kept = len(prompts), l.args.minibatch * (max(len(l.task.encode(p)) for p in prompts) + T), l.args.minibatch * T
+    layers, trained = l.task.ref.config.num_hidden_layers, trained_layers(l)
+    B, T = len(prompts), l.args.max_new_tokens
+    kept = l.args.minibatch * T
+    rows = l.args.minibatch * (max(len(l.task.encode(p)) for p in prompts) + T)
     matrices = layer_matrices(l.task.ref)
-    update = [shape for a, b in matrices for shape in ((rows, a, b, trained), (rows, b, a, trained), (a, rows, b, trained))]
-    update += [(kept, H, V, 1), (kept, V, H, 1)] + [(V, kept, H, 1)] * (trained == layers)
+    update = [(kept, H, V, 1), (kept, V, H, 1)] + [(V, kept, H, 1)] * (trained == layers)
+    for a, b in matrices:
+        update += [(rows, a, b, trained), (rows, b, a, trained), (a, rows, b, trained)]
     return {"rollout": [(B, a, b, layers) for a, b in matrices] + [(B, H, V, 1)],
             "score": [(rows, a, b, trained) for a, b in matrices] + [(kept, H, V, 1)], "update": update}
 
@@ -123,22 +127,23 @@ def shapes(l, prompts):
 def rate(products, device, dtype):
     """FLOP/s of such a list of matrix products, one after the other."""
     flops = [2 * m * k * n * times for m, k, n, times in products]
-    return sum(flops) / sum(f / common.matmul_rate(m, k, n, device, dtype, 0.03) for f, (m, k, n, _) in zip(flops, products))
+    rates = [common.matmul_rate(m, k, n, device, dtype, 0.03) for m, k, n, _ in products]
+    return sum(flops) / sum(f / r for f, r in zip(flops, rates))
 
 
 def profiles(l, prompts):
     """{part: (share of self time in matrix products, the three largest others with theirs)} of one phase."""
-    on_gpu, running, seen = l.device.type == "cuda", [], {}
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    on_gpu, running, seen = l.args.device.startswith("cuda"), [], {}
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
 
     def enter(part):
         if running:
             name, profiler = running.pop()
-            common.synchronize(l.device)
+            common.clock(l.args.device)
             profiler.stop()
             seen[name] = profiler.key_averages()
         if part:
-            running.append((part, torch.profiler.profile(activities=activities)))
+            running.append((part, profile(activities=activities)))
             running[-1][1].start()
     with parts(enter):
         common.phase(l, prompts)
@@ -147,7 +152,8 @@ def profiles(l, prompts):
         times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
         total = sum(times.values()) or 1
         others = sorted((t, key) for key, t in times.items() if key not in PRODUCTS)[:-4:-1]
-        out[part] = sum(times.get(key, 0) for key in PRODUCTS) / total, [f"{key.removeprefix('aten::')} {100 * t / total:.0f} %" for t, key in others]
+        losses = [f"{key.removeprefix('aten::')} {100 * t / total:.0f} %" for t, key in others]
+        out[part] = sum(times.get(key, 0) for key in PRODUCTS) / total, losses
     return out
 
 
@@ -156,33 +162,39 @@ def main():
     parser.add_argument("--unfrozen-layers", type=int, default=-1, help="as in vbon.py [-1]")
     options = common.parse(parser)
     with common.temporary_folder() as folder:
-        l = common.learner([*common.pieces(options, folder), "--unfrozen-layers", str(options.unfrozen_layers)])
-        report(*measure(l, options), l, options)
+        flags = common.flags_of(options, folder)
+        l = common.learner([*flags, "--unfrozen-layers", str(options.unfrozen_layers)])
+    report(*measure(l, options), options)
 
 
 def measure(l, options):
-    """{part: list of (seconds, limit, rate of a large product)}, a phase and its limits in each round; and what a phase needs."""
+    """{part: [(seconds, limit, rate of a large product)]}, one a round; FLOPs needed; done; profiles."""
     prompts = list(itertools.islice(itertools.cycle(l.task.train_prompts), options.rollouts))
     done, reward_flops, length = done_flops(l, prompts)
-    needed, products, large = needed_flops(l, prompts, length, reward_flops), shapes(l, prompts), 8192 if l.device.type == "cuda" else 1024
+    needed, products = needed_flops(l, prompts, length, reward_flops), shapes(l, prompts)
+    large = 8192 if options.device.startswith("cuda") else 1024
     common.phase(l, prompts)  # warm-up
     seen = {part: [] for part in PARTS}
     for _ in range(options.rounds):
-        metrics, best = common.phase(l, prompts), common.matmul_rate(large, large, large, l.device, options.dtype)
+        metrics = common.phase(l, prompts)
+        best = common.matmul_rate(large, large, large, options.device, options.dtype)
         for part in PARTS:
-            seen[part].append((metrics["time/" + part], rate(products[part], l.device, options.dtype), best))
+            limit = rate(products[part], options.device, options.dtype)
+            seen[part].append((metrics["time/" + part], limit, best))
     return seen, needed, done, profiles(l, prompts)
 
 
-def report(seen, needed, done, profiled, l, options):
+def report(seen, needed, done, profiled, options):
     rows = []
     for part in PARTS:
         share = [100 * needed[part] / seconds / limit for seconds, limit, _ in seen[part]]
         seconds, limit, large = (statistics.median(x) for x in zip(*seen[part]))
-        rows.append({"part": part, "GFLOP needed": needed[part] / 1e9, "done": done[part] / 1e9, "seconds": seconds,
-                     "GFLOP/s": needed[part] / seconds / 1e9, "limit GFLOP/s": limit / 1e9, "% of limit": common.spread(share, 0),
-                     "% of large": 100 * needed[part] / seconds / large, "self time in products": f"{100 * profiled[part][0]:.0f} %"})
-    machine = common.machine(l.device)
+        speed = needed[part] / seconds
+        rows.append({"part": part, "GFLOP needed": needed[part] / 1e9, "done": done[part] / 1e9,
+                     "seconds": seconds, "GFLOP/s": speed / 1e9, "limit GFLOP/s": limit / 1e9,
+                     "% of limit": common.spread(share, 0), "% of large": 100 * speed / large,
+                     "self time in products": f"{100 * profiled[part][0]:.0f} %"})
+    machine = common.machine(options.device)
     print(f"\n{machine}; {options.dtype}; {options.rollouts} rollouts of {options.max_new_tokens} tokens; "
           f"--unfrozen-layers {options.unfrozen_layers}; medians of {options.rounds}")
     common.table(rows)
@@ -190,8 +202,8 @@ def report(seen, needed, done, profiled, l, options):
     for part in PARTS:
         print(f"  {part:<8}", " · ".join(profiled[part][1]))
     common.write_csv(options.csv, [row | {"losses": "; ".join(profiled[row["part"]][1])} for row in rows],
-                     unfrozen_layers=options.unfrozen_layers, rollouts=options.rollouts, max_new_tokens=options.max_new_tokens,
-                     dtype=options.dtype, machine=machine)
+                     unfrozen_layers=options.unfrozen_layers, rollouts=options.rollouts,
+                     max_new_tokens=options.max_new_tokens, dtype=options.dtype, machine=machine)
 
 
 if __name__ == "__main__":
