@@ -31,7 +31,7 @@ from tqdm import tqdm
 import vbon
 from vbon import flag, need, number
 
-# --- 1. Best-of-N and the losses ---------------------------------------------------------------------------
+# ========== 1. Best-of-N and the losses ===================================================================
 
 
 def best_of_n(rewards):
@@ -95,7 +95,7 @@ def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
     return alpha * likelihood + (1 - alpha) * contrast
 
 
-# --- 2. Settings -------------------------------------------------------------------------------------------
+# ========== 2. Settings ===================================================================================
 
 METHODS = ("bon", "bon-sft", "dpo", "bonbon")
 
@@ -143,7 +143,7 @@ class Args(vbon.Args):
         self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
 
-# --- 3. What the losses take -------------------------------------------------------------------------------
+# ========== 3. What the losses take =======================================================================
 
 
 def training_pairs(samples, prompts, args, rng):
@@ -199,7 +199,7 @@ def method_loss(policy, task, examples, args):
     return loss, (best - ref_best - worst + ref_worst).detach().mean()
 
 
-# --- 4. The run --------------------------------------------------------------------------------------------
+# ========== 4. The run ====================================================================================
 
 STEPS_PER_LINE = 8  # gradient steps to a line of metrics; checkpoints count these lines
 
@@ -209,7 +209,7 @@ def train(args):
     task = vbon.setup(args)
     torch.manual_seed(args.seed)
     policy, _ = vbon.make_policy(task.ref, args.unfrozen_layers)
-    lock = vbon.hold_folder(args)  # until this function ends
+    lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
     samples = vbon.reference_samples(task, args, keep_tokens=True)
     need(any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
          "every response to a prompt has the same reward: there is nothing to learn from")
@@ -254,7 +254,7 @@ def train(args):
 def run_bon(args):
     """Best-of-N on the test prompts, without training. Returns what it writes to result.json."""
     task = vbon.setup(args)
-    lock = vbon.hold_folder(args)  # until this function ends
+    lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(task, args)
     world = vbon.open_run(args, task)
     result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import bon_baselines
 import vbon
-from vbon import UserError, bon_kl, bon_win_rate, need
+from vbon import bon_kl, bon_win_rate, need
 
 METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO",
            "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bon": "BoN"}
@@ -43,7 +43,7 @@ COLUMNS = {
 # Settings that say where and how a run was made, not what it is.
 PLACES = (*vbon.PLACES, "samples", "backend")
 
-# --- 1. Reading runs ---------------------------------------------------------------------------------------
+# ========== 1. Reading runs ===============================================================================
 
 
 def read_run(folder):
@@ -51,14 +51,12 @@ def read_run(folder):
     def read(name):
         with open(f"{folder}/{name}", encoding="utf-8") as file:
             return [json.loads(line) for line in file] if name.endswith("l") else json.load(file)
-    try:
+    with vbon.reading(f"{folder} is not a finished run: train it to the end, or leave it out"):
         config = read("config.json")
         # Best-of-N trains nothing.
         metrics = [] if config["objective"] == "bon" else read("metrics.jsonl")
         return {"folder": folder, "method": METHODS[config["objective"]], "judged": "", "config": config,
                 "metrics": metrics, "result": read("result.json"), "samples": read("samples.jsonl")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not a finished run ({error}): train it, or leave it out") from None
 
 
 def strength(run):
@@ -136,7 +134,7 @@ def front_shares(runs, value):
     return {method: count / max(1, sum(counts.values())) for method, count in counts.items()}
 
 
-# --- 2. Tables ---------------------------------------------------------------------------------------------
+# ========== 2. Tables =====================================================================================
 
 
 def aligned(rows):
@@ -195,16 +193,14 @@ def show_responses(groups, number):
                 print(f"  {name:<{width}}  {s['reward']:6.2f}  " + s["response"].replace("\n", " ").strip())
 
 
-# --- 3. Other temperatures, another judge, the exact distance to the nearest Best-of-N ---------------------
+# ========== 3. Other temperatures, another judge, the exact distance to the nearest Best-of-N =============
 
 
 def prepare(run, **changes):
     """The run's settings, as an Args of the script that made it, and its task."""
     kind = bon_baselines.Args if run["config"]["objective"] in bon_baselines.METHODS else vbon.Args
-    try:
+    with vbon.reading(f"{run['folder']}/config.json is of another version"):
         args = kind(**run["config"] | changes | {"overwrite": True, "resume": False})
-    except TypeError as error:
-        raise UserError(f"{run['folder']}/config.json is of another version: {error}") from None
     return args, vbon.setup(args)
 
 
@@ -219,7 +215,7 @@ def cached(run, name, compute):
     if not os.path.exists(path) or os.path.getmtime(path) < trained:
         with contextlib.redirect_stdout(sys.stderr):
             vbon.write_whole(path, json.dumps(compute(), indent=2) + "\n")
-    with open(path, encoding="utf-8") as file:
+    with vbon.reading(f"{path} is damaged: remove it"), open(path, encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -251,8 +247,8 @@ def evaluate_anew(run, temperature, reward=None, judge_id="own"):
 def judge_anew(runs, temperatures, reward):
     """All runs, judged anew at all temperatures, or each at its own."""
     need(all(t > 0 for t in temperatures), f"--temperatures must be above 0, not {temperatures}")
-    judge = (reward, vbon.load_reward(reward, "cpu")[1]) if reward else ()
-    with tqdm(runs, desc="judging", unit="run") as bar:
+    with contextlib.redirect_stdout(sys.stderr), tqdm(runs, desc="judging", unit="run") as bar:
+        judge = (reward, vbon.load_reward(reward, "cpu")[1]) if reward else ()
         return [evaluate_anew(run, t, *judge)
                 for run in bar for t in temperatures or [run["config"]["temperature"]]]
 
@@ -275,7 +271,7 @@ def add_nearest_bon(run):
     return run | {"result": run["result"] | cached(run, "eval-nearest", compute)}
 
 
-# --- 4. Figures --------------------------------------------------------------------------------------------
+# ========== 4. Figures ====================================================================================
 
 COLORS = {method: f"C{i}" for i, method in enumerate(METHODS.values())} | {"BoN": "black"}
 
@@ -393,12 +389,12 @@ def plot_against(path, task, groups, key, xlabel):
                 row = mean_and_error(runs, key)[0], *mean_and_error(runs, value)
                 lines.setdefault(name_of(runs[0]), []).append(row)
             for label, rows in lines.items():
-                x, mean, error = zip(*sorted(rows))
+                x, mean, error = zip(*sorted(rows, key=lambda row: row[0]))
                 a.errorbar(x, mean, [e or 0 for e in error], fmt="o-", capsize=3, label=label)
             a.set(xlabel=xlabel, ylabel=COLUMNS[value])
 
 
-# --- 5. Files of samples: how many F needs (Table 1, Figure 3), the authors' formats -----------------------
+# ========== 5. Files of samples: how many F needs (Table 1, Figure 3), the authors' formats ===============
 
 
 def read_samples(path):
@@ -480,7 +476,7 @@ def import_samples(theirs, path, flags):
     task = vbon.setup(args)
     path, header = vbon.samples_file(task, args)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    lock = vbon.take_lock(path + ".lock", wait=True)  # until this function ends
+    lock = vbon.take_lock(path + ".lock", wait=True)  # noqa: F841, held until this function ends
     rewards, _, size = vbon.read_samples(path, header)
     if os.path.exists(path):
         os.truncate(path, size)  # a line that a killed run left unfinished
@@ -506,29 +502,27 @@ def read_theirs(path):
     found = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
+            with vbon.reading(f"{path}, line {number} holds no prompt with its responses and rewards"):
                 prompt, pairs = their_samples(json.loads(line.decode()))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                raise UserError(f"{path}, line {number}: no prompt with its responses, or a text that begins "
-                                "with it, and finite rewards") from None
             found.setdefault(prompt, []).extend(pairs)
     return found
 
 
 def their_samples(row):
     """The prompt of one of the authors' lines, and its (response, reward) pairs. Raises where it is none."""
-    if "responses" not in row:  # a text that holds the prompt too
+    if "responses" not in row:
         if not row["text"].startswith(row["prompt"]):
-            raise ValueError
+            raise ValueError("the text does not begin with the prompt")
         row = row | {"responses": [row["text"].removeprefix(row["prompt"])], "rewards": [row["reward"]]}
+    if type(row["responses"]) is not list:
+        raise ValueError("the responses are no list")
     "".join([row["prompt"], *row["responses"]]).encode()  # raises for what is no text, or half a character
-    are_numbers = all(type(r) in (int, float) and math.isfinite(r) for r in row["rewards"])
-    if not are_numbers or type(row["responses"]) is not list:
-        raise ValueError
+    if not all(type(r) in (int, float) and math.isfinite(r) for r in row["rewards"]):
+        raise ValueError("a reward is no finite number")
     return row["prompt"], list(zip(row["responses"], row["rewards"], strict=True))
 
 
-# --- 6. The command line -----------------------------------------------------------------------------------
+# ========== 6. The command line ===========================================================================
 
 
 def evaluate(options, flags):

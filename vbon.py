@@ -18,7 +18,7 @@ Algorithm 1:
     π_θ ← π_ref
     repeat: sample one response y to each of a batch of prompts
             F̂ = share of the prompt's M rewards that lie below r(y)
-            reward: log π_bon(y) − log π_ref(y) at the end, −(log π_θ − log π_ref) on every token, all over N
+            reward: log π_bon(y) − log π_ref(y) at the end, −(log π_θ − log π_ref) on every token; both over N
             GAE, whitened advantages, clipped losses, a few epochs
 
 Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 the
@@ -29,8 +29,8 @@ Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layer
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
 values, where a head on the policy does; training the reward model.
 
-Logarithms are natural (nats). B is a batch of responses, T a number of tokens, V the vocabulary, H the width
-of a hidden state, P a number of prompts, M the samples of π_ref to a prompt.
+Logarithms are natural (nats). B is a batch of responses, T its tokens, V the vocabulary, H the width
+of a hidden state, P a number of prompts, L the tokens of a prompt, M π_ref's samples to it.
 """
 import argparse
 import copy
@@ -70,7 +70,8 @@ def log_bon_pmf(log_F, log_p, N):
 
     log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included,
     prompt not. N: real, at least 1, else ValueError. All broadcast. Computed in float64 to a relative
-    accuracy of 1e-10 (absolute below 1), returned in the dtype that was passed; differentiable.
+    accuracy of 1e-10 (absolute below 1), returned in the dtype that was passed; differentiable in
+    log_F and log_p.
     """
     dtype = torch.promote_types(*(x.dtype if torch.is_tensor(x) else torch.double for x in (log_F, log_p)))
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
@@ -79,7 +80,7 @@ def log_bon_pmf(log_F, log_p, N):
     # π_bon = (F+p)^N · (1 − (F/(F+p))^N), and with d = log p − log F the ratio F/(F+p) is exp(−softplus(d)).
     d = torch.where(log_F == -torch.inf, torch.inf, log_p - log_F)
     log_factor = torch.log(-torch.expm1(-N * nn.functional.softplus(d.clamp(min=-600))))
-    # A real response has log p = −50 … −1000 and log F = 0 … −7. Where e^d underflows, the factor is N·e^d.
+    # Real responses have log p = −50 … −1000. Below d = −600 e^d is near underflow, and the factor is N·e^d.
     log_factor = torch.where(d < -600, torch.log(N) + d, log_factor)
     log_pmf = N * torch.logaddexp(log_F, log_p) + log_factor
     return log_pmf.to(dtype) if dtype.is_floating_point else log_pmf
@@ -104,7 +105,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     rewards: (...). ref_rewards: (..., M), or (M,) for all, of the same prompt. Returns log F̂ (...), float64,
     nats. With k = #{m : r'_m < r}:
       "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
-      "add_one"    log((k+1)/(M+1))  the authors' code. The default, for PPO can not learn from −inf
+      "add_one"    log((k+1)/(M+1))  the authors' code. always finite, and so the default
       "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref: then F | k ~ Beta(k+1, M−k+1)
     Only ranks enter: an increasing map of all rewards changes nothing. To break ties by a total order
     (App. C), pass ranks of (reward, order). Raises ValueError for M = 0, a NaN or another estimator.
@@ -115,7 +116,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
         raise ValueError("estimate_log_F needs at least one reference reward per prompt (M ≥ 1)")
     if rewards.isnan().any() or ref_rewards.isnan().any():
         raise ValueError("a reward is NaN: it has no rank")
-    if (ref_rewards.diff() < 0).any():  # a caller that keeps them in order pays for it only once
+    if (ref_rewards.diff() < 0).any():  # sorted input skips the sort
         ref_rewards = ref_rewards.sort(-1).values
     if ref_rewards.ndim == 1:
         k = torch.searchsorted(ref_rewards, rewards.contiguous()).double()
@@ -170,7 +171,7 @@ OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
 def vbon_reward(log_F, log_p, N, objective="vbon"):
     """What a response earns at its end, in nats. With a KL penalty of 1/N on every token PPO then maximizes
 
-      −KL(π_θ ‖ π_bon) = E_{π_θ}[log π_bon(y) − log p(y)] − KL(π_θ ‖ π_ref),   p = π_ref,   all of it over N,
+      −KL(π_θ ‖ π_bon) = E_{π_θ}[log π_bon(y) − log p(y)] − KL(π_θ ‖ π_ref),   p = π_ref,   both divided by N,
 
     which leaves the optimum alone and keeps rewards at one scale for every N. Before the division it is for
       "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
@@ -194,7 +195,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 
 # ========== 2. Settings =====================================================================================
 
-# What a flag is worth where the user does not set it. toy's recipe is ours, the others are the paper's.
+# Defaults of each task. toy's are ours, the others are the paper's.
 RECIPES = {
     "toy": dict(
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
@@ -235,8 +236,8 @@ class Args:
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
     M: int = flag(200, "samples of π_ref per training prompt; at best vBoN ends (N−1)/(4M) nats from BoN")
-    estimator: str = flag(None, "how log F comes of them; smooth fits −a·exp(−b·r)", (*ESTIMATORS, "smooth"))
-    beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1), the strength that matches N")
+    estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r)", (*ESTIMATORS, "smooth"))
+    beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1)")
 
     ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
     reward: str = flag(None, "reward model: a hub name or folder, a classifier with one logit or two labels")
@@ -245,10 +246,10 @@ class Args:
     test_prompts: int = flag(None, "number of test prompts")
     test_M: int = flag(None, "samples of π_ref per test prompt, which win rates are measured against")
     max_new_tokens: int = flag(None, "longest response, in tokens")
-    temperature: float = flag(None, "sampling temperature; π_ref, π_θ and π_bon are all meant at it")
+    temperature: float = flag(None, "sampling temperature, of π_ref, π_θ and so π_bon")
     no_eos_reward: float = flag(None, "what a response without EOS earns; default: what the reward says")
 
-    episodes: int = flag(None, "responses that are trained on in all")
+    episodes: int = flag(None, "total responses to train on")
     rollouts: int = flag(None, "responses per PPO phase")
     minibatch: int = flag(None, "responses per gradient step")
     ppo_epochs: int = flag(None, "passes over the responses of a phase")
@@ -306,13 +307,13 @@ class Args:
 @dataclass
 class Rollout:
     """B responses and what is known of each. Indexing it by rows indexes every tensor."""
-    input_ids: Tensor          # (B, P+T−1) prompt, padded on the left, and response but for its last token
-    attention_mask: Tensor     # (B, P+T−1) true but on padding
+    input_ids: Tensor          # (B, L+T−1) prompt, padded on the left, and response but for its last token
+    attention_mask: Tensor     # (B, L+T−1) true but on padding
     tokens: Tensor             # (B, T) the response, EOS included
     mask: Tensor               # (B, T) true up to and including EOS
     log_probs: Tensor = None   # (B, T) of the policy that drew them; like the following, zero after EOS
     values: Tensor = None      # (B, T)
-    trunk: Tensor = None       # (B, P+T−1, H) what enters the top K layers, if the layers below are frozen
+    trunk: Tensor = None       # (B, L+T−1, H) what enters the top K layers, if the layers below are frozen
     advantages: Tensor = None  # (B, T)
     returns: Tensor = None     # (B, T)
 
@@ -333,14 +334,14 @@ def pad(rows, value, side, device="cpu"):
 def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
     """Logits (B, keep, V) and last hidden states (B, keep, H) at the last `keep` positions; the trunk.
 
-    ids: (B, T). mask (B, cached + T): false on padding; with a cache, ids are only what it does not hold yet.
-    Prompt positions that no loss needs never pass through the LM head, whose V logits would dwarf all else in
-    memory. The trunk (B, T, H) is what enters the top K layers; given one, only these run (section 10).
+    ids: (B, T), any tokens. mask (B, cached + T): false on padding; with a cache, ids are what it lacks yet.
+    Prompt positions that no loss needs never pass through the LM head, whose V logits a position are the peak
+    of memory. The trunk (B, T, H) is what enters the top K layers; given one, only these run (section 10).
     """
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
     def keep_hidden(_, inputs):
-        # Contiguous, for of a slice the head would make B small products instead of a large one.
+        # Contiguous, since a slice would make the head run B small products instead of a large one.
         hidden.append(inputs[0].contiguous())
         return hidden[0]
     with hooked(lm.get_output_embeddings(), keep_hidden), top_layers(lm, K, trunk) as entered:
@@ -363,8 +364,9 @@ def sample_tokens(logits, uniforms):
     cdf = pi.cumsum(-1)
     total = cdf[:, -1:]  # 1, up to rounding
     # u·total may round up to total, which no token reaches.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, below), right=True)
+    largest = torch.nextafter(total, torch.zeros_like(total))
+    tokens = torch.searchsorted(cdf, torch.minimum(uniforms.unsqueeze(1) * total, largest), right=True)
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # logits that are NaN are for `check_weights` to report
     # On a GPU the sum may step on a token of probability 0: hence the clamp.
     log_probs = pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log()
     return tokens.squeeze(1), log_probs.squeeze(1)
@@ -429,11 +431,11 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     Returns advantages and returns A + V, both (B, T), zero where the mask is false.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
+    advantages, next_advantage, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = delta + gamma * lam * following
-        advantages[:, t], next_value = following, values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        advantages[:, t], next_value = next_advantage, values[:, t]
     return advantages, advantages + values
 
 
@@ -478,7 +480,7 @@ def log_F_of(scores, ref_rewards, args):
 
 
 def terminal_reward(scores, log_F, log_p, args):
-    """What a response earns at its end, clipped, and the coefficient of the KL penalty on every token."""
+    """The objective's terminal reward, clipped, and the coefficient of its KL penalty per token."""
     if args.objective == "rlhf":
         reward, kl_coef = scores, args.beta
     else:
@@ -554,9 +556,9 @@ def update(policy, value_head, optimizer, rollout, args, generator):
             average_gradients(optimizer)
             optimizer.step()
             with torch.no_grad():
-                change = torch.expm1(torch.where(batch.mask, log_probs - batch.log_probs, 0.0))
-                kl = masked_mean(change - torch.log1p(change), batch.mask)
-                clipped = masked_mean((change.abs() > args.clip).float(), batch.mask)
+                log_ratio = torch.where(batch.mask, log_probs - batch.log_probs, 0.0)
+                kl = masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask)
+                clipped = masked_mean((torch.expm1(log_ratio).abs() > args.clip).float(), batch.mask)
                 losses.append(torch.stack([pg, vf, kl, clipped]))
     check_weights(optimizer)
     pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
@@ -577,8 +579,8 @@ def train(args):
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
     clock = time.perf_counter()
     ref_rewards = reference_samples(task, args)
-    result = {"seconds_sampling": round(time.perf_counter() - clock, 2)}
-    world = open_run(args, task, ref_rewards)
+    result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
+    world = open_run(args, task, ref_rewards)  # the toy's exact world, else None
 
     optimizer = make_optimizer([*policy.parameters(), *value_head.parameters()], args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
@@ -910,7 +912,7 @@ def load(what, loader, name, device):
 @torch.no_grad()
 def check_sampler(lm, eos, args):
     """Refuses a model for which padded, cached decoding, or the shared trunk, gives other log-probs than a
-    plain pass. Recurrent models take padding into their state; others keep cache or layers in their own way."""
+    plain pass. Recurrent models take padding into their state; others keep caches or layers unlike it."""
     numbers, K = torch.Generator().manual_seed(0), args.unfrozen_layers
     vocabulary = len(lm.get_input_embeddings().weight)
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
@@ -1231,6 +1233,8 @@ def add_line(line, rewards, tokens, keep_tokens):
             raise ValueError("it does not follow the lines before it")
         if not all(type(r) in (int, float) and math.isfinite(r) for r in new):
             raise ValueError("a reward is no finite number")
+        if not all(type(token) is int for row in ids for token in row):
+            raise ValueError("a token is no number")
         known += new
         if keep_tokens:
             tokens.setdefault((line["split"], prompt), []).extend(ids)
@@ -1489,9 +1493,9 @@ def set_learning_rate(optimizer, args, progress):
 
 
 def check_weights(optimizer):
-    """Raises UserError before weights that are no numbers can be kept."""
-    finite = all(p.isfinite().all() for p in optimizer.param_groups[0]["params"])
-    need(finite, "the weights are no longer finite: pass a smaller --lr")
+    """Raises UserError before weights that are no numbers, or too large to compute with, can be kept."""
+    squares = sum(p.detach().square().sum() for p in optimizer.param_groups[0]["params"])
+    need(squares.isfinite(), "the weights are no longer finite: pass a smaller --lr")
 
 
 def shuffled(items, seed):
@@ -1555,7 +1559,8 @@ def take_lock(path, wait):
 def open_run(args, task, ref_rewards=None):
     """Clears the folder of an earlier run. For the toy returns its exact world, and prints what training
     starts from and, given the samples, aims at."""
-    for name in ["result.json", "samples.jsonl"] + ([] if args.resume else ["checkpoint.pt"]):
+    stale = ["result.json", "samples.jsonl"] + ([] if args.resume else ["checkpoint.pt", "metrics.jsonl"])
+    for name in stale:
         if rank() == 0 and os.path.exists(f"{args.out}/{name}"):
             os.remove(f"{args.out}/{name}")
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")

@@ -7,6 +7,7 @@ models almost never end one).
 import argparse
 import atexit
 import csv
+import ctypes
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -156,14 +158,14 @@ def learner(flags, M=200):
 
 
 def phase(l, prompts=None, **changed):
-    """One PPO phase: its metrics, and its time as "seconds". `changed`: settings such as objective and N."""
+    """One PPO phase: its metrics, and its "seconds" and "processor" time. `changed`: settings such as N."""
     vars(l.args).update(changed)
     prompts = prompts or list(itertools.islice(l.stream, l.args.rollouts))
     ref_rewards = torch.stack([l.ref_rewards[p] for p in prompts])
-    start = clock(l.args.device)
+    start, busy = clock(l.args.device), time.process_time()
     rollout, metrics = vbon.collect(l.policy, l.value_head, l.task, prompts, ref_rewards, l.args, l.generator)
     metrics |= vbon.update(l.policy, l.value_head, l.optimizer, rollout, l.args, l.generator)
-    return metrics | {"seconds": clock(l.args.device) - start}
+    return metrics | {"seconds": clock(l.args.device) - start, "processor": time.process_time() - busy}
 
 
 def clock(device):
@@ -195,6 +197,7 @@ def reset_peak(device):
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # else what was freed before would count
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")
 
@@ -233,7 +236,8 @@ class Side:
         self.first = self.answer()
 
     def ask(self, request):
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.answer()
 
     def answer(self):

@@ -6,13 +6,16 @@
 
 In each round a phase runs with a piece and, next to it, one without, on the same weights (the learning rate
 is next to zero), prompts and random numbers, so that both draw the same responses; which comes first
-alternates. Ratios are taken round by round. All layers are trained, but for the shared trunk, which is there
-with two. Pages of 2 MB, which torch sets up for a whole process, are compared between two processes.
+alternates. Ratios are taken round by round. "processor" is processor time, which other programs disturb less.
+All layers are trained, but for the shared trunk, which is there with two. Pages of 2 MB, which torch sets up
+for a whole process, are compared between two processes.
 """
+import json
 import os
 import random
 import statistics
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 from unittest import mock
@@ -25,9 +28,11 @@ import common
 import vbon
 
 M, RESPONSES = 64, 512  # of what is sampled to measure what reading a prompt once brings
+TIMES = ("phase", *common.PARTS, "processor")
 generate, patched = vbon.generate, partial(mock.patch.multiple, vbon)
 
 
+# What stands in for the pieces: generate and token_log_probs without them.
 def without_trunk(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
     return generate(lm, prompts, uniforms, eos, temperature, value_head)
 
@@ -55,7 +60,7 @@ def phase(l, i):
     common.reset_peak(l.args.device)
     m = common.phase(l, random.Random(i).choices(l.task.train_prompts, k=l.args.rollouts))
     return {"phase": m["seconds"], **{part: m["time/" + part] for part in common.PARTS},
-            "peak MB": common.memory_mb(l.args.device)}
+            "processor": m["processor"], "peak MB": common.memory_mb(l.args.device)}
 
 
 def sampling(l, i):
@@ -64,11 +69,11 @@ def sampling(l, i):
     uniforms = torch.rand(size, generator=l.generator.manual_seed(i), device=device)
     prompts = [l.task.encode(p) for p in random.Random(i).choices(l.task.train_prompts, k=RESPONSES // M)]
     common.reset_peak(device)
-    start = common.clock(device)
+    start, busy = common.clock(device), time.process_time()
     with vbon.autocast(l.args):
         vbon.generate(l.task.ref, prompts, uniforms, l.task.tokenizer.eos_token_id, l.args.temperature)
-    nothing = dict.fromkeys(("phase", *common.PARTS))
-    return nothing | {"rollout": common.clock(device) - start, "peak MB": common.memory_mb(device)}
+    seen = {"rollout": common.clock(device) - start, "processor": time.process_time() - busy}
+    return dict.fromkeys(TIMES) | seen | {"peak MB": common.memory_mb(device)}
 
 
 PIECES = {  # how many layers are trained, what is measured, what takes the piece away
@@ -95,16 +100,17 @@ def measure(options, flags):
         seen |= {piece: rounds(partial(turn, l, run, without))
                  for piece, (trained, run, without) in PIECES.items() if trained == layers}
     if sys.platform == "linux" and options.device == "cpu":
-        command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--serve"]
+        threads, request = str(torch.get_num_threads()), json.dumps([*flags, "--unfrozen-layers", "-1"])
+        command = [sys.executable, os.path.abspath(__file__), "--threads", threads, "--serve", request]
         sides = [common.Side("pages", command, {"THP_MEM_ALLOC_ENABLE": on}) for on in "01"]
         seen["memory in pages of 2 MB"] = rounds(lambda on, i: sides[on].ask(i))
     return seen
 
 
 def serve(flags):
-    """A phase for each line, which names the round."""
+    """What each of the two processes runs: a phase for each line, which names the round."""
     answer = common.answers()
-    l = common.learner([*flags, "--unfrozen-layers", "-1"])
+    l = common.learner(flags)
     answer("ready")
     for line in sys.stdin:
         answer(phase(l, int(line)))
@@ -112,21 +118,21 @@ def serve(flags):
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--serve", action="store_true", help=common.argparse.SUPPRESS)
+    parser.add_argument("--serve", help=common.argparse.SUPPRESS)
     options = common.parse(parser)
+    if options.serve:
+        return serve(json.loads(options.serve))
     with common.temporary_folder() as folder:
         flags = [*common.flags_of(options, folder), "--lr", "1e-12"]
-        if options.serve:
-            return serve(flags)
         seen = measure(options, flags)
     shown, rows = [], []
     for piece, found in seen.items():
         columns = {"time without ÷ with": piece}
-        for part in ("phase", *common.PARTS):
+        for part in TIMES:
             ratios = [pair[False][part] / pair[True][part] for pair in found if pair[True][part]]
             columns[part] = common.spread(ratios) if ratios else None
         peak = [f"{statistics.median(pair[on]['peak MB'] for pair in found):.0f}" for on in (False, True)]
-        shown.append(columns | {"peak MB": " → ".join(peak)})
+        shown.append(columns | {"peak MB, without → with": " → ".join(peak)})
         rows += [{"piece": piece, "round": i, "with": on} | pair[on]
                  for i, pair in enumerate(found) for on in pair]
     same = {"rollouts": options.rollouts, "max_new_tokens": options.max_new_tokens, "dtype": options.dtype,

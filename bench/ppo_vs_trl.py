@@ -87,10 +87,10 @@ def trl_trainer(ppo_trainer, request):
     from trl.experimental.ppo import PPOConfig
     args = vbon.parse_args(request.flags)
     task = vbon.setup(args)
-    tokenizer, ref = task.tokenizer, common.stock(task.ref)
+    tokenizer, task.ref = task.tokenizer, common.stock(task.ref)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # TRL masks it out and never embeds it
     tokenizer.padding_side = "left"
-    policy = copy.deepcopy(ref)
+    policy = copy.deepcopy(task.ref)
     value = AutoModelForSequenceClassification.from_pretrained(args.ref, num_labels=1, dtype=torch.float32)
     if args.unfrozen_layers > 0:
         for model in (policy, value):
@@ -104,7 +104,7 @@ def trl_trainer(ppo_trainer, request):
         bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu", report_to="none", save_strategy="no",
         disable_tqdm=True)
     return ppo_trainer.PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=ref, value_model=value,
+        args=config, processing_class=tokenizer, model=policy, ref_model=task.ref, value_model=value,
         reward_model=reward_of_texts(task), eval_dataset=Dataset.from_dict({"input_ids": [[0]]}),
         train_dataset=Dataset.from_dict({"input_ids": [tokenizer.encode(p) for p in task.train_prompts]}))
 

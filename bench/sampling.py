@@ -92,8 +92,8 @@ def serve_vllm(ref, context, new_tokens, eager):
 
 
 def vllm_sampler(options, context):
-    """The sampler of another interpreter, and vLLM's version. On a CPU it has --threads threads and the OpenMP
-    library that vLLM asks for, unless the user says otherwise. Between turns it is stopped, for it may spin."""
+    """The sampler of another interpreter, and vLLM's version. On a CPU it has --threads threads and its
+    own OpenMP; what the user has set stays. Between turns it is stopped, for it may spin."""
     threads = torch.get_num_threads()
     cores = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else range(threads)
     environment = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": str(threads),

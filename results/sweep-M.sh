@@ -3,9 +3,9 @@
 # 21 runs, 12 minutes of one core. Arguments are added to every run.
 #
 # The seeds are of the samples too: M governs their noise. Every run draws its samples into a file of its own,
-# so that its result.json holds the seconds that its M samples took. With JOBS=1 no other run disturbs them. A
-# run that was stopped while it drew holds the time of the rest only: remove its file of samples, and its
-# folder, to time it anew.
+# so that its result.json holds the seconds that sampling took, the test samples included. With JOBS=1 no other
+# run disturbs them. A run that was stopped while it drew holds the time of the rest only: remove its file of
+# samples, and its folder, to time it anew.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 out=sweeps/toy-M
