@@ -1,8 +1,8 @@
 """Tests of vbon.py, bon_baselines.py and evaluate.py:  python -m pytest test_vbon.py
 
 The mathematics is held against brute force, 50-digit arithmetic and simulation; the training code against the
-library's forward passes and hand-worked cases; the command line as a user would call it, offline, on small models
-made here.
+library's forward passes and hand-worked cases; the command line as a user would call it, offline, on small
+models made here.
 """
 import contextlib
 import importlib.util
@@ -55,7 +55,7 @@ def random_world(S, seed, concentration=1.0):
     return p, (p.cumsum(0) - p).clamp(min=0)
 
 
-# --- the PMF ------------------------------------------------------------------------------------------------------
+# --- the PMF ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])
@@ -106,13 +106,14 @@ def test_pmf_gradients_are_right_and_finite_where_the_value_is():
 
 def test_pmf_has_no_nan_broadcasts_and_keeps_its_dtype():
     inf = math.inf
-    values = vbon.log_bon_pmf(torch.tensor([-inf, -inf, -1.0, 0.0]), torch.tensor([-inf, 0.0, -inf, -inf]), 16)
+    log_F, log_p = torch.tensor([[-inf, -inf, -1.0, 0.0], [-inf, 0.0, -inf, -inf]])
+    values = vbon.log_bon_pmf(log_F, log_p, 16)
     assert values.tolist() == [-inf, 0.0, -inf, -inf] and values.dtype == torch.float32
     N = torch.tensor([1.0, 2.0, 3.0])
     assert vbon.log_bon_pmf(torch.zeros(2, 1).double(), torch.zeros(3), N).shape == (2, 3)
-    expected = exact_log_pmf(-1, -2, 3)
-    assert vbon.log_bon_pmf(-1, -2, 3).item() == vbon.log_bon_pmf(-1.0, -2.0, 3.0).item() == pytest.approx(expected)
-    for dtype, digits in ((torch.half, 2e-3), (torch.bfloat16, 2e-2)):  # neither overflows on the way nor loses log p
+    whole, real = vbon.log_bon_pmf(-1, -2, 3).item(), vbon.log_bon_pmf(-1.0, -2.0, 3.0).item()
+    assert whole == real == pytest.approx(float(exact_log_pmf(-1, -2, 3)))
+    for dtype, digits in ((torch.half, 2e-3), (torch.bfloat16, 2e-2)):  # no overflow, no log p lost
         log_F, log_p = (x.to(dtype) for x in doubles([-1e-3, -0.5, -7.0], [-180.0, -60.0, -11.0]))
         values = vbon.log_bon_pmf(log_F, log_p, 16)
         close(values.double(), vbon.log_bon_pmf(log_F.double(), log_p.double(), 16), rtol=digits)
@@ -191,11 +192,12 @@ def test_terminal_rewards_tell_responses_apart(objective):
     assert rewards[0] < rewards[1] < rewards[2]
 
 
-# --- log F --------------------------------------------------------------------------------------------------------
+# --- log F --------------------------------------------------------------------------------------------------
 
 
 def test_estimators_on_counts_done_by_hand():
-    ref, rewards = torch.tensor([[1.0, 2.0, 2.0, 5.0]] * 4), torch.tensor([0.0, 2.0, 3.0, 9.0])  # k = 0, 1, 3, 4
+    ref = torch.tensor([[1.0, 2.0, 2.0, 5.0]] * 4)
+    rewards = torch.tensor([0.0, 2.0, 3.0, 9.0])  # k = 0, 1, 3, 4
     close(vbon.estimate_log_F(rewards, ref, "log_mean").exp(), doubles([0, 0.25, 0.75, 1]))
     close(vbon.estimate_log_F(rewards, ref).exp(), doubles([1, 2, 4, 5]) / 5)
     H = list(itertools.accumulate([0, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]))  # ψ(k+1) − ψ(M+2) = H_k − H_{M+1}
@@ -212,7 +214,7 @@ def test_a_tie_is_no_win_whatever_the_types():
 
 
 def test_ties_are_broken_by_ranks_of_reward_and_order():
-    """A total order (App. C): the ranks of (reward, order) of a prompt's responses stand for their rewards."""
+    """A total order (App. C): the ranks of (reward, order) stand for the rewards of a prompt's responses."""
     rng = random.Random(0)
     ref = [(rng.randrange(4), rng.randrange(50)) for _ in range(30)]
     ours = [(rng.randrange(4), rng.randrange(50)) for _ in range(20)]
@@ -239,7 +241,7 @@ def test_estimators_refuse_what_has_no_rank():
 
 
 def test_estimators_bias():
-    """y ~ π_ref, so F is uniform and E[log F] = −1; and at a fixed F, where Jensen pushes the log of the mean down."""
+    """y ~ π_ref, so that F is uniform; and at a fixed F, where Jensen pushes the log of the mean down."""
     generator = seeded()
     M, n = 20, 200_000
     F, ref = torch.rand(n, generator=generator).double(), torch.rand(n, M, generator=generator).double()
@@ -249,20 +251,21 @@ def test_estimators_bias():
     bias = (vbon.estimate_log_F(F, ref, "add_one") - F.log()).mean().item()
     exact = sum(math.log((k + 1) / (M + 1)) for k in range(M + 1)) / (M + 1) + 1  # k is uniform on 0 … M
     assert bias == pytest.approx(exact, abs=tolerance) and bias > 0.02
-    half = vbon.estimate_log_F(torch.full((n,), 0.5), ref, "log_mean")
-    assert half.mean().item() - math.log(0.5) == pytest.approx(-1 / (2 * M), abs=0.005)  # delta method: −(1−F)/(2FM)
+    half = vbon.estimate_log_F(torch.full((n,), 0.5), ref, "log_mean").mean().item()
+    assert half - math.log(0.5) == pytest.approx(-1 / (2 * M), abs=0.005)  # delta method: −(1−F)/(2FM)
 
 
 @pytest.mark.parametrize("N, M", [(16, 200), (64, 600)])
 def test_floor_of_kl_with_M_samples(N, M):
-    """The exact optimum of the estimated objective lies (N−1)/(4M) nats from BoN (continuous reward, u = F uniform).
+    """The exact optimum of the estimated objective lies (N−1)/(4M) nats from BoN (u = F uniform).
 
-    Between two order statistics F̂ is constant, so π̂ ∝ F̂^(N−1), and KL(π̂ ‖ π_bon) is a sum of closed integrals.
+    Between order statistics F̂ is constant, so π̂ ∝ F̂^(N−1), and KL(π̂ ‖ π_bon) sums closed integrals.
     """
     generator = seeded()
     kls = []
     for _ in range(200):
-        u = torch.cat([torch.zeros(1), torch.rand(M, generator=generator).sort().values, torch.ones(1)]).double()
+        inner = torch.rand(M, generator=generator).sort().values
+        u = torch.cat([torch.zeros(1), inner, torch.ones(1)]).double()
         middle = (u[1:] + u[:-1]) / 2
         log_w = (N - 1) * vbon.estimate_log_F(middle, u[1:-1])
         log_w = log_w - torch.log((log_w.exp() * u.diff()).sum())
@@ -292,11 +295,11 @@ def test_exponential_fit_is_least_squares_up_to_the_steps_of_its_grid():
             vbon.fit_log_F(bad)
 
 
-# --- PPO ----------------------------------------------------------------------------------------------------------
+# --- PPO ----------------------------------------------------------------------------------------------------
 
 
 def test_gae_by_hand():
-    """γ = .9, λ = .5: δ = (1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3) = (1.8, .7, 1); A = (1.8 + .45·1.15, .7 + .45, 1)."""
+    """γ = .9, λ = .5: δ = (1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3); A = (1.8 + .45·1.15, .7 + .45, 1)."""
     mask = torch.tensor([[True, True, True, False]])
     for beyond in (99.0, math.nan):
         rewards, values = torch.tensor([[1.0, 0.0, 4.0, beyond]]), torch.tensor([[1.0, 2.0, 3.0, beyond]])
@@ -320,7 +323,7 @@ def test_losses_are_clipped_and_masked():
 
 @pytest.mark.parametrize("loss", [vbon.policy_loss, vbon.value_loss])
 def test_gradients_of_the_losses(loss):
-    """Against finite differences; and NaN beyond the mask, in any argument, changes neither value nor gradient."""
+    """Against finite differences; and NaN beyond the mask changes neither value nor gradient."""
     new, old, third = (torch.randn(3, 4, generator=seeded(i)).double() * 0.5 for i in range(3))
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
     assert torch.autograd.gradcheck(lambda x: loss(x, old, third, mask), (new.clone().requires_grad_(),))
@@ -347,21 +350,23 @@ def test_log_probs_of_the_taken_tokens_and_their_gradient():
         torch.autograd.grad(found.sum(), logits)
 
 
-# --- models: decoding, the shared trunk ---------------------------------------------------------------------------
+# --- models: decoding, the shared trunk ---------------------------------------------------------------------
 
-KINDS = {"GPT2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=64), "GPTNeoX": {},
-         "Llama": dict(num_key_value_heads=1), "Qwen2": dict(num_key_value_heads=1),
-         "Mistral": dict(num_key_value_heads=1, sliding_window=4), "Gemma": dict(num_key_value_heads=1, head_dim=16),
-         "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.2), "Falcon": {}, "Bloom": dict(n_layer=3, n_head=2)}
+SIZES = dict(vocab_size=40, initializer_range=0.2, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+             intermediate_size=64, max_position_embeddings=64)
+KINDS = {
+    "GPT2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=64), "GPTNeoX": {}, "Falcon": {},
+    "Llama": dict(num_key_value_heads=1), "Qwen2": dict(num_key_value_heads=1),
+    "Mistral": dict(num_key_value_heads=1, sliding_window=4), "Bloom": dict(n_layer=3, n_head=2),
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),
+    "Gemma": dict(num_key_value_heads=1, head_dim=16)}
 
 
-def small_lm(kind="GPT2", **changes):
+def small_lm(kind="GPT2", seed=0, **changes):
     import transformers
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=40,
-                 max_position_embeddings=64, initializer_range=0.2)
-    own = {"GPT2": ("vocab_size", "initializer_range"), "Bloom": ("vocab_size", "initializer_range", "hidden_size")}
-    settings = {k: v for k, v in sizes.items() if k in own.get(kind, sizes)} | KINDS[kind] | changes
+    torch.manual_seed(seed)
+    used = list(SIZES)[:{"GPT2": 2, "Bloom": 3}.get(kind, 7)]  # the others have names of their own
+    settings = {k: SIZES[k] for k in used} | KINDS.get(kind, {}) | changes
     config = getattr(transformers, kind + "Config")(**settings)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -372,7 +377,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7, 8]]
 @pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 11]]], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
-    """Tokens, log-probs and values of padded, cached, shrinking batches against one unpadded pass per response."""
+    """Tokens, log-probs and values of padded, cached, shrinking batches; one unpadded pass per response."""
     lm, eos, temperature, copies = small_lm(kind), 10, 0.8, 24
     head = torch.nn.Linear(32, 1)
     uniforms = torch.rand(len(prompts) * copies, 10, generator=seeded(1))
@@ -384,9 +389,8 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
         prompt, row = prompts[i // copies], rollout[i]
         with torch.no_grad():
             out = lm(torch.tensor([prompt + response]), output_hidden_states=True)
-            logits, hidden = (x[0, len(prompt) - 1:-1] for x in (out.logits / temperature, out.hidden_states[-1]))
-            values = head(hidden).squeeze(-1)
-        log_pi = logits.log_softmax(-1)
+        logits, hidden = (x[0, len(prompt) - 1:-1] for x in (out.logits, out.hidden_states[-1]))
+        log_pi, values = (logits / temperature).log_softmax(-1), head(hidden).squeeze(-1).detach()
         close(row.log_probs[row.mask], log_pi[range(len(response)), response], atol=5e-5, rtol=1e-4)
         close(row.values[row.mask], values, atol=5e-5, rtol=1e-4)
         cdf = log_pi.exp().cumsum(-1)
@@ -396,16 +400,19 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
         together = rollout.input_ids[i][rollout.attention_mask[i].bool()].tolist()
         assert together == prompt + response[:len(together) - len(prompt)]
     assert (rollout.log_probs[~rollout.mask] == 0).all() and (rollout.values[~rollout.mask] == 0).all()
+    vbon.check_sampler(lm, eos, types.SimpleNamespace(ref=kind, device="cpu", unfrozen_layers=2))
     if kind != "Mistral":  # whose cache of a window stays what the library makes it
         assert type(vbon.roomy_cache(lm).layers[0]).__name__ == "RoomyLayer"
 
 
-def test_a_response_does_not_depend_on_the_others():
-    lm, uniforms = small_lm(), torch.rand(6 * len(PROMPTS), 10, generator=seeded(2))
-    rollout = vbon.generate(lm, PROMPTS, uniforms, 10, 1.0)
-    assert len(rollout.mask.sum(1).unique()) > 2, "responses should end at different times"
-    for i, tokens in enumerate(rollout.tokens):
-        assert torch.equal(vbon.generate(lm, [PROMPTS[i // 6]], uniforms[i:i + 1], 10, 1.0).tokens[0], tokens)
+@pytest.mark.parametrize("kind, settings", [
+    ("Rwkv", dict(num_hidden_layers=2)), ("Mamba", dict(state_size=4)),
+    ("RecurrentGemma", dict(num_key_value_heads=1, head_dim=16, lru_width=32, attention_window_size=16)),
+    ("Roberta", dict(is_decoder=True)), ("Bart", dict(d_model=32, encoder_layers=1, decoder_layers=1))])
+def test_models_that_cannot_be_sampled_from_are_refused(kind, settings):
+    with pytest.raises(vbon.UserError, match=f"--ref mine: this script cannot sample from a {kind}"):
+        vbon.check_sampler(small_lm(kind, **settings), 10, types.SimpleNamespace(
+            ref="mine", device="cpu", unfrozen_layers=-1))
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -418,7 +425,7 @@ def test_sampled_tokens_follow_the_distribution():
 
 
 def test_no_token_of_probability_zero_is_drawn():
-    """A vocabulary of 50 000 at a low temperature, where most probabilities underflow, and the ends of [0, 1)."""
+    """A vocabulary of 50 000, at so low a temperature that most underflow, and the ends of [0, 1)."""
     logits = 4 * torch.randn(64, 50_000, generator=seeded()) / 0.1
     for u in (0.0, 0.5, 1 - 2 ** -24):
         tokens, log_probs = vbon.sample_tokens(logits, torch.full((64,), u))
@@ -429,8 +436,8 @@ def test_no_token_of_probability_zero_is_drawn():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_trunk(kind):
-    """The trunk is shared, not copied. On the activations that decoding kept of it, the top layers give what a whole
-    pass gives, gradients too, for responses of different lengths, T = 10 and T = 1."""
+    """The trunk is shared, not copied. On the activations that decoding kept, the top layers give what
+    a whole pass gives, also gradients, for responses of different lengths."""
     ref, prompts = small_lm(kind), PROMPTS * 24
     if kind == "OPT":  # rounding flips its ReLUs
         ref.double()
@@ -440,7 +447,9 @@ def test_shared_trunk(kind):
     pointers = {p.data_ptr() for p in ref.parameters()}
     assert all((p.data_ptr() in pointers) != p.requires_grad for p in policy.parameters())
     for T in (10, 1):
-        rollout = vbon.generate(ref, prompts, torch.rand(len(prompts), T, generator=seeded(1)), 10, 0.8, None, 2)
+        uniforms = torch.rand(len(prompts), T, generator=seeded(1))
+        rollout = vbon.generate(ref, prompts, uniforms, 10, 0.8, None, 2)
+        trunkless = replace(rollout, trunk=None)
         assert T == 1 or len(rollout.mask.sum(1).unique()) > 3, "responses should end at different times"
         assert torch.equal(rollout[torch.tensor([3, 1])].trunk, rollout.trunk[[3, 1]])
         with torch.no_grad():
@@ -449,7 +458,7 @@ def test_shared_trunk(kind):
         with torch.no_grad():
             for p in trained.values():
                 p.add_(0.05 * torch.randn(p.shape, generator=seeded(2)))
-        whole, short = (vbon.response_log_probs(policy, r, 0.8, 2)[0] for r in (replace(rollout, trunk=None), rollout))
+        whole, short = (vbon.response_log_probs(policy, r, 0.8, 2)[0] for r in (trunkless, rollout))
         close(short[rollout.mask], whole[rollout.mask], atol=5e-5, rtol=1e-4)
         assert not torch.allclose(whole[rollout.mask], by_ref[rollout.mask], atol=1e-2)
         gradients = (torch.autograd.grad(torch.where(rollout.mask, x, 0).square().mean(), trained.values())
@@ -457,18 +466,18 @@ def test_shared_trunk(kind):
         for g, h in zip(*gradients):
             close(g, h, atol=1e-6, rtol=1e-5)
         with torch.no_grad():  # the layers are all back in their place
-            whole = vbon.response_log_probs(ref, replace(rollout, trunk=None), 0.8)
+            whole = vbon.response_log_probs(ref, trunkless, 0.8)
             close(whole[0][rollout.mask], by_ref[rollout.mask], atol=5e-5, rtol=1e-4)
             assert whole[2] is None
 
 
-# --- running the scripts ------------------------------------------------------------------------------------------
+# --- running the scripts ------------------------------------------------------------------------------------
 
 
 def flags(settings=(), *more, **changes):
     """A command line of these settings, flags and changes."""
-    pairs = (dict(settings) | changes).items()
-    return [*(str(x) for name, value in pairs for x in ("--" + name.replace("_", "-"), value)), *map(str, more)]
+    pairs = [("--" + name.replace("_", "-"), value) for name, value in (dict(settings) | changes).items()]
+    return [str(x) for x in (*itertools.chain(*pairs), *more)]
 
 
 def call(*argv, script=vbon):
@@ -501,8 +510,8 @@ def refused(result, *words, script="vbon.py"):
 
 def launcher(path, patch, script="vbon"):
     """A file that runs a script after some lines of Python."""
-    path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport vbon, {script}\n{patch}\n"
-                    f"if __name__ == '__main__':\n    sys.exit({script}.main())\n")
+    path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport vbon, {script}\n"
+                    f"{patch}\nif __name__ == '__main__':\n    sys.exit({script}.main())\n")
     return path
 
 
@@ -529,7 +538,8 @@ def write_lines(path, rows):
 
 def metrics_of(run):
     """metrics.jsonl without its times."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_lines(run / "metrics.jsonl")]
+    rows = read_lines(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 def weights(run, file="policy/model.safetensors"):
@@ -541,7 +551,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-# --- the toy ------------------------------------------------------------------------------------------------------
+# --- the toy ------------------------------------------------------------------------------------------------
 
 TOY = dict(episodes=256, rollouts=128, minibatch=64, M=30, test_M=20, test_prompts=16, max_new_tokens=3)
 
@@ -566,7 +576,7 @@ def test_toy_is_enumerated_exactly(toy):
     close(world.log_ref.exp().sum(1), torch.ones(4).double(), atol=1e-5)
     close(world.log_bon.exp().sum(1), torch.ones(4).double(), atol=1e-4)
     prompt = task.encode("the plot was")
-    for response in ("superb", "very dull", "slow but moving"):  # the last is cut off by the limit of 3 tokens
+    for response in ("superb", "very dull", "slow but moving"):  # the last one is cut off
         ids = torch.tensor([prompt + task.encode(response + (" ." if response.count(" ") < 2 else ""))])
         with torch.no_grad():
             log_probs = task.ref(ids).logits[0].log_softmax(-1)
@@ -574,7 +584,8 @@ def test_toy_is_enumerated_exactly(toy):
         found = world.log_ref[2, world.responses.index(response)].item()
         assert found == pytest.approx(expected, abs=1e-4)
     for i in (0, 99, 3000):  # F as a sum over all that is worse
-        worse = (world.rewards < world.rewards[i]) | (world.rewards == world.rewards[i]) & (torch.arange(6175) < i)
+        r = world.rewards
+        worse = (r < r[i]) | (r == r[i]) & (torch.arange(len(r)) < i)
         close(world.log_F[:, i].exp(), (world.log_ref.exp() * worse).sum(1), atol=1e-9)
     before = world.metrics(world.log_ref)
     assert before["exact/kl_to_ref"] == 0 and before["exact/win_rate"] == pytest.approx(0.5, abs=1e-4)
@@ -586,7 +597,7 @@ def test_toy_is_enumerated_exactly(toy):
 
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
 def test_what_training_aims_at_is_the_optimum(toy, objective):
-    """E[reward] − c·KL(π ‖ π_ref) is highest at the optimum; its distance from π_bon is the price of the estimate."""
+    """E[reward] − c·KL(π ‖ π_ref) is highest there; its distance from π_bon is the price of the estimate."""
     args = toy_args(objective=objective, N=4)
     world, generator = vbon.ExactWorld(toy[0], args), np.random.default_rng(0)
     M = 100_000
@@ -618,8 +629,8 @@ def test_toy_run_files(toy):
     assert [m["episode"] for m in metrics] == [128, 256]
     assert {k.split("/")[0] for k in metrics[0]} == {"episode", "objective", "ppo", "time", "exact"}
     names = {"reward", "win_rate", "kl_to_ref"}
-    assert saved == result and names | {n + "_se" for n in names} | {"exact/kl_to_bon", "exact/kl_to_ref",
-                                                                    "exact/reward", "exact/win_rate"} <= set(saved)
+    names |= {n + "_se" for n in names} | {"exact/" + n for n in names} | {"exact/kl_to_bon"}
+    assert saved == result and names <= set(saved)
     assert saved["exact/kl_to_bon"] == metrics[-1]["exact/kl_to_bon"]
     samples = read_lines(folder / "one/samples.jsonl")
     assert len(samples) == 16 and np.mean([s["reward"] for s in samples]) == pytest.approx(saved["reward"])
@@ -668,15 +679,15 @@ def test_estimates_on_the_test_prompts_agree_with_the_exact_values(toy, tmp_path
 
 
 def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
-    sizes = dict.fromkeys("episodes rollouts minibatch ppo_epochs M test_M test_prompts max_new_tokens".split(), 1)
+    names = "episodes rollouts minibatch ppo_epochs M test_M test_prompts max_new_tokens"
     for N in (1, 16):
         run = tmp_path / str(N)
-        succeeded(call(*flags(sizes, N=N, out=run, samples=run / "s.jsonl")))
-        for row in (read_json(run / "result.json"), *read_lines(run / "metrics.jsonl"), *read_lines(run / "s.jsonl")):
-            assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+        succeeded(call(*flags(dict.fromkeys(names.split(), 1), N=N, out=run, samples=run / "s")))
+        rows = [read_json(run / "result.json"), *read_lines(run / "metrics.jsonl"), *read_lines(run / "s")]
+        assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
 
 
-# --- killed, stopped, damaged -------------------------------------------------------------------------------------
+# --- killed, stopped, damaged -------------------------------------------------------------------------------
 
 
 SCRIPTS = [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])]
@@ -684,7 +695,7 @@ SCRIPTS = [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])]
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
 def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monkeypatch):
-    """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that was never killed."""
+    """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that never was."""
     monkeypatch.chdir(tmp_path)
     episodes = 1024 if script is vbon else 4096
     argv = [*method, *flags(TOY, episodes=episodes, save_every=2)]
@@ -696,7 +707,8 @@ def killed(source, target):
         os.kill(os.getpid(), 9)
     replace(source, target)
 os.replace = killed"""
-    process = start(launcher(tmp_path / "killed.py", patch, script.__name__), *argv, "--out", "killed", cwd=tmp_path)
+    path = launcher(tmp_path / "killed.py", patch, script.__name__)
+    process = start(path, *argv, "--out", "killed", cwd=tmp_path)
     succeeded(call(*argv, "--out", "whole", "--samples", "whole.jsonl", script=script))
     process.communicate()
     assert process.returncode == -9 and Path("killed/checkpoint.pt").exists()
@@ -753,8 +765,8 @@ def test_a_stopped_run_goes_on_or_begins_anew(stopped, toy, tmp_path):
 @pytest.mark.parametrize("minibatch", [64, 128])
 def test_weights_that_are_no_numbers_are_not_kept(script, method, minibatch, tmp_path):
     run, name = tmp_path / "run", script.__name__ + ".py"
-    argv = flags(TOY, lr=1e30, save_every=1, ppo_epochs=1, minibatch=minibatch, samples=tmp_path / "s", out=run)
-    refused(call(*method, *argv, script=script), "--lr", script=name)
+    argv = flags(TOY, lr=1e30, save_every=1, ppo_epochs=1, minibatch=minibatch, out=run)
+    refused(call(*method, *argv, "--samples", tmp_path / "samples", script=script), "--lr", script=name)
     assert not (run / "policy").exists() and not (run / "result.json").exists()
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -766,13 +778,14 @@ def test_two_runs_into_one_folder(toy, tmp_path, monkeypatch):
     patch = """
 evaluate_policy = vbon.evaluate_policy
 def wait(*args):
+    open("waiting", "w")
     while not os.path.exists("go on"):
         time.sleep(0.05)
     return evaluate_policy(*args)
 vbon.evaluate_policy = wait"""
     first = start(launcher(tmp_path / "first.py", patch), *flags(TOY, out="run"), cwd=tmp_path)
     deadline = time.time() + 120
-    while first.poll() is None and time.time() < deadline and len(read_or_empty("run/metrics.jsonl")) < 2:
+    while first.poll() is None and time.time() < deadline and not Path("waiting").exists():
         time.sleep(0.1)
     files = {path: path.read_bytes() for path in Path("run").iterdir()}
     for more in ([], ["--overwrite"], ["--resume"]):
@@ -785,19 +798,15 @@ vbon.evaluate_policy = wait"""
     assert "read from samples/toy-" in succeeded(call(*flags(TOY, out="another"))).stdout
 
 
-def read_or_empty(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv, word", [
     ("--N 0", "--N"), ("--N many", "--N"), ("--N nan", "--N"), ("--N inf", "--N"), ("--M 0", "--M"),
     ("--task chess", "toy"), ("--objective sft", "bound1"), ("--estimator mean", "log_mean"),
     ("--temperature 0", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--clip 1e9", "--clip"),
-    ("--adam-eps 0", "--adam-eps"), ("--task imdb --no-eos-reward nan", "--no-eos-reward"), ("--lr nan", "--lr"),
-    (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--seed -1", "--seed"),
+    ("--adam-eps 0", "--adam-eps"), ("--task imdb --no-eos-reward nan", "--no-eos-reward"),
+    (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--lr nan", "--lr"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
     ("--unfrozen-layers 7", "2 layers"), ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"),
     ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M")])
@@ -822,10 +831,11 @@ def test_help_names_every_flag_and_importing_is_light(tmp_path):
         assert "--" + field.name.replace("_", "-") in text
         assert field.metadata["help"].replace("%%", "%")[:20] in text
     code = "import sys, vbon; print({'datasets', 'matplotlib', 'transformers', 'vllm'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "set()\n"
+    light = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert light.stdout == "set()\n"
 
 
-# --- imdb with small models, and an offline hub -------------------------------------------------------------------
+# --- imdb with small models, and an offline hub -------------------------------------------------------------
 
 
 def byte_tokenizer(*special, **settings):
@@ -834,29 +844,31 @@ def byte_tokenizer(*special, **settings):
     from transformers import PreTrainedTokenizerFast
     vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+END = "<|endoftext|>"
 
 
 def save_small_models(folder, labels=2, eos=True, seed=0):
     """A GPT-2 and a DistilBERT classifier over bytes, as local folders."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-    end = "<|endoftext|>"
-    torch.manual_seed(seed)
-    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(folder / "ref")
-    byte_tokenizer(end, **({"eos_token": end} if eos else {})).save_pretrained(folder / "ref")
+    import transformers
+    small_lm(seed=seed, vocab_size=257, n_positions=32, n_layer=2, bos_token_id=0, eos_token_id=0,
+             initializer_range=0.02).save_pretrained(folder / "ref")
+    byte_tokenizer(END, **({"eos_token": END} if eos else {})).save_pretrained(folder / "ref")
     names = {1: ["LABEL_0"], 2: ["NEGATIVE", "POSITIVE"], 3: ["A", "B", "C"]}[labels]
-    DistilBertForSequenceClassification(DistilBertConfig(
-        vocab_size=257, max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2, num_labels=labels,
-        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-    )).save_pretrained(folder / "reward")
-    byte_tokenizer(end, pad_token=end, model_max_length=64).save_pretrained(folder / "reward")
+    config = transformers.DistilBertConfig(
+        vocab_size=257, max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2,
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder / "reward")
+    byte_tokenizer(END, pad_token=END, model_max_length=64).save_pretrained(folder / "reward")
 
 
-IMDB = dict(task="imdb", episodes=16, rollouts=8, minibatch=4, M=5, test_M=4, train_prompts=6, test_prompts=4,
-            max_new_tokens=6, unfrozen_layers=1, N=2)
-SIZES = {name: value for name, value in IMDB.items() if name not in ("task", "N")}
+FEW = dict(episodes=16, rollouts=8, minibatch=4, M=5, test_M=4, train_prompts=6, test_prompts=4,
+           max_new_tokens=6, unfrozen_layers=1)
+IMDB = dict(task="imdb", N=2) | FEW
 
 
 @pytest.fixture(scope="module")
@@ -885,7 +897,8 @@ def test_the_fused_gelu_is_gpt2s_own(pieces):
     theirs, ours = (AutoModelForCausalLM.from_pretrained(pieces / "ref") for _ in range(2))
     ours = vbon.with_fused_gelu(ours)
     names = [[type(m).__name__ for m in lm.modules()] for lm in (theirs, ours)]
-    assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2 and "NewGELUActivation" not in names[1]
+    assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2
+    assert "NewGELUActivation" not in names[1]
     ids = torch.randint(257, (4, 20), generator=seeded())
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     x, y = (torch.linspace(-6, 6, 1001, requires_grad=True) for _ in range(2))
@@ -915,7 +928,8 @@ def test_own_models_and_prompts(pieces, tmp_path, objective):
 
 
 def test_bfloat16(pieces, tmp_path):
-    succeeded(call(*flags(own(pieces), dtype="bfloat16", lr=1e-3, out=tmp_path, samples=tmp_path / "samples")))
+    changes = dict(dtype="bfloat16", lr=1e-3, out=tmp_path, samples=tmp_path / "samples")
+    succeeded(call(*flags(own(pieces), **changes)))
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05)
     assert all(math.isfinite(x) for row in rows for x in row.values() if x is not None)
@@ -927,26 +941,36 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small_models(tmp_path / "three", labels=3)
     save_small_models(tmp_path / "no_eos", eos=False)
-    for name in ("cut", "shape"):
+    for name in ("cut", "shape", "bare", "wordy"):
         shutil.copytree(pieces, tmp_path / name)
-    for what in ("ref", "reward"):
-        file = tmp_path / "cut" / what / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-1000])  # a download that broke off
-        edit(tmp_path / "shape" / what / "config.json", lambda config: config.update(vocab_size=300))
+        for what in ("ref", "reward"):
+            folder = tmp_path / name / what
+            if name == "cut":  # a download that broke off
+                content = (folder / "model.safetensors").read_bytes()
+                (folder / "model.safetensors").write_bytes(content[:-1000])
+            elif name == "shape":
+                edit(folder / "config.json", lambda config: config.update(vocab_size=300))
+            elif name == "bare":
+                (folder / "tokenizer.json").unlink()
+            else:  # more tokens than the model has
+                byte_tokenizer(END, "<a>", "<b>", eos_token=END, pad_token=END).save_pretrained(folder)
+    shutil.copytree(pieces, "shallow")
+    edit(tmp_path / "shallow/ref/config.json", lambda config: config.update(n_layer=1))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
     (tmp_path / "utf16.jsonl").write_bytes('{"prompt": "fine"}\n'.encode("utf-16"))
-    write_lines(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "a prompt of more than 32 − 6 bytes"}])
+    write_lines(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "a prompt of more than 26 bytes"}])
     write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}, {"question": "y"}])
     write_lines(tmp_path / "nothing.jsonl", [{"prompt": ""}, {"prompt": ""}])
     before = sorted(os.listdir(tmp_path))
     for changes, words in (
             (dict(reward=pieces / "ref"), ["lacks the weights"]), (dict(ref="no/such"), ["no/such", "--ref"]),
             (dict(reward="no/such-reward"), ["--reward", "no/such-reward"]),
-            (dict(reward=tmp_path / "three/reward"), ["3 labels"]), (dict(ref=tmp_path / "no_eos/ref"), ["EOS"]),
-            *((own(tmp_path / name) | {other: pieces / other}, ["--" + what, name])
-              for name in ("cut", "shape") for what, other in (("ref", "reward"), ("reward", "ref"))),
-            (dict(ref=pieces), ["--ref"]), (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
+            (dict(reward="three/reward"), ["3 labels"]), (dict(ref="no_eos/ref"), ["EOS"]),
+            *(({what: f"{name}/{what}"}, [f"--{what} {name}/{what}"])
+              for name in ("cut", "shape", "bare", "wordy") for what in ("ref", "reward")),
+            (dict(ref="shallow/ref"), ["more layers"]), (dict(ref=pieces), ["--ref"]),
+            (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
             (dict(dataset="missing.jsonl"), ["missing.jsonl"]), (dict(dataset="empty.jsonl"), ["--dataset"]),
             (dict(dataset="broken.jsonl"), ["--dataset"]), (dict(dataset="utf16.jsonl"), ["--dataset"]),
             (dict(dataset="long.jsonl"), ["context of 32"]), (dict(dataset="other.jsonl"), ["--dataset"]),
@@ -955,8 +979,58 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_models_that_the_sampler_cannot_run_are_refused():
+    """By a few tokens before any work: they would otherwise run to the end with log-probs that are wrong."""
+    import transformers
+    sizes = dict(hidden_size=32, num_hidden_layers=3, vocab_size=40)
+    attention = dict(num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    kinds = {"Rwkv": dict(context_length=64, attention_hidden_size=32), "Mamba": dict(state_size=4),
+             "RecurrentGemma": attention | dict(lru_width=32, attention_window_size=8, num_key_value_heads=1),
+             "Roberta": attention | dict(is_decoder=True)}
+    for kind, changes in kinds.items():
+        torch.manual_seed(0)
+        lm = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**sizes | changes))
+        with torch.no_grad():
+            for p in lm.parameters():  # initial weights are so small that nothing tells tokens apart
+                p.mul_(6 if p.dim() == 2 else 1)
+        args = types.SimpleNamespace(ref=kind, unfrozen_layers=-1, device="cpu")
+        with pytest.raises(vbon.UserError, match=f"--ref {kind}: this script cannot sample from a {kind}"):
+            vbon.check_sampler(lm.eval(), 0, args)
+    for kind in KINDS:
+        for K in (-1, 2):
+            vbon.check_sampler(small_lm(kind), 10, types.SimpleNamespace(ref=kind, unfrozen_layers=K, device="cpu"))
+
+
+def test_folders_that_are_not_what_they_seem(pieces, tmp_path):
+    """Without tokenizer.json, with fewer layers than weights, with more tokens than the model: one line, by name."""
+    for name in ("words", "layers", "tokens"):
+        shutil.copytree(pieces, tmp_path / name)
+    for what in ("ref", "reward"):
+        (tmp_path / "words" / what / "tokenizer.json").unlink()
+        config = tmp_path / "layers" / what / "config.json"
+        edit(config, lambda config: config.update({"n_layer": 1} if "n_layer" in config else {"n_layers": 0}))
+        byte_tokenizer("<|endoftext|>", "<extra>", eos_token="<|endoftext|>").save_pretrained(tmp_path / "tokens" / what)
+    for name in ("words", "layers", "tokens"):
+        for what, other in (("ref", "reward"), ("reward", "ref")):
+            refused(call(*flags(own(tmp_path / name, **{other: pieces / other}))), "--" + what, name)
+
+
+def test_the_label_that_is_the_reward_is_named_and_taken(pieces, tmp_path, capsys):
+    """Where no label is called positive, the second is taken, and said to be."""
+    shutil.copytree(pieces / "reward", tmp_path / "reward")
+    rewards = {}
+    for names in (["NEGATIVE", "POSITIVE"], ["pos", "neg"], ["bad", "good"]):
+        edit(tmp_path / "reward/config.json", lambda config: config.update(
+            id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)}))
+        score, _ = vbon.load_reward(str(tmp_path / "reward"), "cpu")
+        rewards[names[0]] = score(["a"], ["b"])[0]
+        taken = next((name for name in names if name.upper().startswith("POS")), names[1])
+        assert f"the probability of the label {taken!r}" in capsys.readouterr().out
+    assert rewards["NEGATIVE"] == rewards["bad"] == pytest.approx(1 - rewards["pos"], abs=1e-6)
+
+
 def test_a_tokenizer_that_appends_eos(pieces, tmp_path):
-    """Its prompts do not end before they begin: responses and rewards are those of a tokenizer that appends nothing."""
+    """Its prompts do not end before they begin: all is as with a tokenizer that appends nothing."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
     shutil.copytree(pieces, tmp_path / "eos")
@@ -988,8 +1062,7 @@ def test_the_header_names_all_that_samples_depend_on(pieces, tmp_path, monkeypat
             words[a], words[b] = words[b], words[a]
         return change
     edits = {
-        ("reward", "config.json"): lambda c: c.update(id2label={"0": "POSITIVE", "1": "NEGATIVE"},
-                                                      label2id={"POSITIVE": 0, "NEGATIVE": 1}),
+        ("reward", "config.json"): lambda c: c["id2label"].update({"0": "POSITIVE", "1": "NEGATIVE"}),
         ("reward", "tokenizer_config.json"): lambda c: c.update(model_max_length=32),
         ("reward", "tokenizer.json"): swap("a", "e"), ("ref", "tokenizer.json"): swap("a", "e"),
         ("ref", "config.json"): lambda c: c["rope_parameters"].update(rope_theta=100.0)}
@@ -997,19 +1070,21 @@ def test_the_header_names_all_that_samples_depend_on(pieces, tmp_path, monkeypat
     vbon.reference_samples(*made)
     assert Path("made.jsonl").read_text().splitlines()[0] == json.dumps(header)
     shutil.copytree("base", "copy")
-    assert samples_file("copy")[0] == (path, header)  # what counts is what the folders hold, not where they are
+    assert samples_file("copy")[0] == (path, header)  # what counts is what folders hold, not where they are
     for i, ((what, file), change) in enumerate(edits.items()):
         folder = Path(shutil.copytree("base", f"edit{i}"))
         edit(folder / what / file, change)
         (other_path, _), other = samples_file(folder)
         assert other_path != path
+        if i == 0:
+            p = other[0].score(["It is "], ["good"])[0]
+            assert p == pytest.approx(1 - made[0].score(["It is "], ["good"])[0], abs=1e-6) != 0.5
         with pytest.raises(vbon.UserError, match=f"made.jsonl was made with {what} = "):
             vbon.reference_samples(*other)
-    for changes, word in ((dict(backend="vllm"), "backend = 'hand', this run has 'vllm'"),
-                          (dict(temperature=0.5), "temperature = 1.0, this run has 0.5"),
-                          (dict(no_eos_reward=-1.0), "reward = "), (dict(dtype="bfloat16"), "dtype = "),
-                          (dict(data_seed=1), "data_seed = 0"), (dict(max_new_tokens=5), "max_new_tokens = 6")):
-        refused(call(*flags(own(Path("base"), samples="made.jsonl", out="run", **changes))), "made with", word)
+    for name, value in dict(backend="vllm", temperature=0.5, no_eos_reward=-1.0, dtype="bfloat16",
+                            data_seed=1, max_new_tokens=5).items():
+        result = call(*flags(own(Path("base")) | {"samples": "made.jsonl", "out": "run", name: value}))
+        refused(result, "made.jsonl was made with", {"no_eos_reward": "reward"}.get(name, name) + " = ")
 
 
 def test_imdb_verbatim_without_a_hub(tmp_path):
@@ -1019,7 +1094,7 @@ def test_imdb_verbatim_without_a_hub(tmp_path):
 
 
 def lay_out_hub(home, models, dataset, config, splits):
-    """An offline cache of the hub: a snapshot for each model, and the data set where `datasets` looks for it."""
+    """An offline cache of the hub: a snapshot of each model, and the data where `datasets` looks for it."""
     import datasets
     for name, folder in models.items():
         base = home / "hub" / ("models--" + name.replace("/", "--"))
@@ -1045,10 +1120,10 @@ def test_imdb_verbatim_from_an_offline_hub(pieces, tmp_path):
     """--task imdb with the hub's names and only its sizes cut down, from a cache that holds small models."""
     reviews = [{"text": f"Review {i} of a film that I liked — café, {i % 7} stars.", "label": i % 2}
                for i in range(40)]
-    lay_out_hub(tmp_path / "home", {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"},
-                "stanfordnlp/imdb", "plain_text",
+    models = {"lvwerra/gpt2-imdb": pieces / "ref", "lvwerra/distilbert-imdb": pieces / "reward"}
+    lay_out_hub(tmp_path / "home", models, "stanfordnlp/imdb", "plain_text",
                 {"train": reviews, "test": [r | {"text": "Another " + r["text"]} for r in reviews]})
-    argv = ["--task", "imdb", "--N", "16", *flags(SIZES)]
+    argv = ["--task", "imdb", "--N", "16", *flags(FEW)]
     succeeded(command(*argv, cwd=tmp_path, HF_HOME=str(tmp_path / "home")))
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name == "imdb-vbon-N16-M5-seed0" and read_json(run / "result.json")["episodes"] == 16
@@ -1064,24 +1139,19 @@ def test_imdb_on_real_models_and_reviews(tmp_path):
     assert 0.2 < read_json(tmp_path / "run/result.json")["ref/reward"] < 0.8
 
 
-# --- tldr ---------------------------------------------------------------------------------------------------------
-
-END = "<|endoftext|>"
-
+# --- tldr ---------------------------------------------------------------------------------------------------
 
 def save_small_pythias(folder):
-    """GPTNeoX models as the hub's: a policy, two with a scalar head, one of them without a pad token, over bytes; EOS
-    is token 0, as in pythia."""
+    """GPTNeoX models over bytes, EOS is token 0: a policy, and rewards with and without a pad token."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
     torch.manual_seed(0)
-    shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                 bos_token_id=0, eos_token_id=0, max_position_embeddings=256)
-    pads = {"ref": {}, "reward": {"pad_token": "<|padding|>"}, "judge": {"pad_token": "<|padding|>"}, "no_pad": {}}
-    for name, pad in pads.items():
+    shape = SIZES | dict(vocab_size=258, num_hidden_layers=2, bos_token_id=0, eos_token_id=0,
+                         initializer_range=0.02, max_position_embeddings=256)
+    for name, pad in dict(ref=None, no_pad=None, reward="<|padding|>", judge="<|padding|>").items():
         config = GPTNeoXConfig(**shape, num_labels=1, pad_token_id=1 if pad else None)
         kind = GPTNeoXForCausalLM if name == "ref" else GPTNeoXForSequenceClassification
         kind(config).save_pretrained(folder / name)
-        tokenizer = byte_tokenizer(END, "<|padding|>", eos_token=END, model_max_length=256, **pad)
+        tokenizer = byte_tokenizer(END, "<|padding|>", eos_token=END, pad_token=pad, model_max_length=256)
         tokenizer.save_pretrained(folder / name)
 
 
@@ -1099,7 +1169,7 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
               hub.format("6.9b", "reward"): tmp_path / "judge"}
     lay_out_hub(tmp_path / "home", models, "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "default",
                 {"train": rows[:80], "test": rows[80:]})
-    sizes = SIZES | dict(episodes=8, rollouts=4, test_prompts=8, max_new_tokens=8)
+    sizes = FEW | dict(episodes=8, rollouts=4, test_prompts=8, max_new_tokens=8)
     succeeded(command("--task", "tldr", *flags(sizes), cwd=tmp_path, HF_HOME=home))
     run = tmp_path / "runs/tldr-vbon-N100-M5-seed0"
     config, found = read_json(run / "config.json"), read_json(run / "result.json")
@@ -1113,9 +1183,8 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
     assert found["reward"] == pytest.approx((found["in/reward"] + found["out/reward"]) / 2)
     (path,) = (tmp_path / "samples").glob("*.jsonl")
     stored = read_lines(path)[1:]
-    ended = {y.endswith(END) for line in stored for texts in line["responses"] for y in texts}
-    assert False in ended
-    assert all(vbon.in_distribution(p) for line in stored if line["split"] == "train" for p in line["prompts"])
+    assert not all(y.endswith(END) for line in stored for texts in line["responses"] for y in texts)
+    assert all(line["split"] == "test" or vbon.in_distribution(p) for line in stored for p in line["prompts"])
     judge = ["--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1, "--figures", "figures"]
     figure = succeeded(command(run, *judge, cwd=tmp_path, script="evaluate.py", HF_HOME=home))
     assert "T = 0.25, judge EleutherAI_pythia-6.9b" in figure.stdout
@@ -1125,15 +1194,15 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
 @pytest.mark.parametrize("name", ["reward", "no_pad"])
 @pytest.mark.parametrize("end", ["", END])
 def test_scalar_rewards_are_read_off_the_last_token(name, end, tmp_path):
-    """Padding never counts, EOS does: the reward of a text depends neither on its batch nor on the one before."""
+    """Padding never counts, EOS does: a text's reward depends neither on its batch nor on the one before."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     save_small_pythias(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-    texts = ["short" + end, "a good deal longer than the other" + end, "cut off"]
+    texts = ["short" + end, "too long for the model " * 20 + end, "cut off"]
     by_hand = []
     for text in texts:
-        ids = tokenizer("p: " + text, return_tensors="pt").input_ids
+        ids = tokenizer("p: " + text, return_tensors="pt").input_ids[:, -256:]
         assert (ids[0, -1] == 0) == (end != "" and text.endswith(end))
         by_hand.append(model.score(model.base_model(ids).last_hidden_state[:, -1]).item())
     for before in ([], texts[2:], texts[:2], texts):
@@ -1153,7 +1222,7 @@ def test_posts_are_cut_to_fit():
         assert vbon.tldr_prompt(row, count, longest) == head + rest + tail
 
 
-# --- the file of samples: killed, shared, damaged; several processes; vLLM ----------------------------------------
+# --- the file of samples: killed, shared, damaged; several processes; vLLM ----------------------------------
 
 
 def test_killed_sampling_resumes_and_a_larger_M_extends(toy, tmp_path):
@@ -1187,7 +1256,8 @@ def torn(path, header, line):
         open(path, "ab").write(b'{"split": "train", "x')  # as a write that was killed leaves it
         os.kill(os.getpid(), 9)
 vbon.write_line = torn"""
-    process = start(launcher(tmp_path / "torn.py", patch), *argv, "--samples", "torn", "--out", "b", cwd=tmp_path)
+    path = launcher(tmp_path / "torn.py", patch)
+    process = start(path, *argv, "--samples", "torn", "--out", "b", cwd=tmp_path)
     succeeded(call(*argv, "--samples", tmp_path / "whole", "--out", tmp_path / "a"))
     process.communicate()
     whole, torn = (tmp_path / "whole").read_bytes(), (tmp_path / "torn").read_bytes()
@@ -1220,51 +1290,45 @@ def test_other_files_are_refused_and_left_alone(toy, tmp_path):
 
 
 def damaged(lines, rng):
-    """The lines of a file of samples, damaged in one of many ways."""
-    lines, i = list(lines), rng.randrange(len(lines))
-
-    def changed(name, value, *place):
-        entry = json.loads(lines[i])
-        *inner, last = [name, *place]
-        target = entry
-        for step in inner:
-            target = target[step]
-        target[last] = value
-        return json.dumps(entry).encode() + b"\n"
-    other = rng.choice([None, True, 3, -0.5, "x", "xx", [], [None, None], [[math.nan] * 6] * 2, {}, {"a": 1}, "\ud800"])
-    way = rng.randrange(9)
+    """The lines of a file of samples, damaged in one of nine ways."""
+    lines, i, way = list(lines), rng.randrange(len(lines)), rng.randrange(9)
+    line, place = lines[i], rng.randrange(len(lines[i]) - 1)
+    other = rng.choice([None, True, 3, 0.5, "x", "xx", "\ud800", [], [None] * 2, [["x"] * 6] * 2, {"a": 1}])
     if way == 0:
-        lines[i] = lines[i][:rng.randrange(len(lines[i]) - 1)] + b"\n"
+        lines[i] = line[:place] + b"\n"
     elif way == 1:
-        lines.insert(rng.randrange(len(lines)), lines[i])
+        lines[i] = line[:place] + rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80"]) + line[place:]
     elif way == 2:
-        rng.shuffle(lines)
-    elif way == 3:
-        del lines[i]
-    elif way == 4:
-        place = rng.randrange(len(lines[i]))
-        lines[i] = lines[i][:place] + rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80"]) + lines[i][place:]
-    elif way == 5:
         lines[i] = b"[" * 100_000 + b"]" * 100_000 + b"\n"
-    elif way == 6:
-        lines[i] = changed(rng.choice(list(json.loads(lines[i]))), other)
-    elif i > 0:
-        bad = rng.choice([math.nan, math.inf, -math.inf, None, "1", True, [1.0], 10 ** 400]) if way == 7 else other
-        name = "rewards" if way == 7 else rng.choice(["rewards", "tokens", "responses"])
-        lines[i] = changed(name, bad, 0, *([rng.randrange(2)] if way == 7 else []))
+    elif way == 3:
+        lines.insert(rng.randrange(len(lines)), line)
+    elif way == 4:
+        rng.shuffle(lines)
+    elif way == 5:
+        del lines[i]
+    else:
+        entry = json.loads(line)
+        if way == 6:
+            entry[rng.choice(list(entry))] = other
+        elif way == 7 and i > 0:
+            entry[rng.choice(["rewards", "tokens", "responses"])][0] = other
+        elif i > 0:
+            bad = rng.choice([math.nan, math.inf, -math.inf, None, "1", True, [1.0], 10 ** 400])
+            entry["rewards"][0][rng.randrange(2)] = bad
+        lines[i] = json.dumps(entry).encode() + b"\n"
     return b"".join(lines)
 
 
 def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path):
-    """Lines cut, doubled, shuffled, lost or of other types, rewards that are no numbers, lone bytes: refused in a line
-    that names the file, or read as if nothing had happened."""
+    """Lines cut, doubled, shuffled, lost or of other types, rewards that are no numbers, lone bytes: refused
+    in a line that names the file, or read as if nothing had happened."""
     path, rng, refusals = tmp_path / "samples", random.Random(0), 0
     for M in (4, 6):
         args = toy_args(samples=str(path), M=M, test_M=M, sample_batch=12)
         right = vbon.reference_samples(toy[0], args, keep_tokens=True)
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) > 5
-    for i in range(400):
+    for i in range(1000):
         path.write_bytes(damaged(lines, rng))
         try:
             found = vbon.reference_samples(toy[0], args, keep_tokens=True)
@@ -1273,7 +1337,7 @@ def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path):
         except vbon.UserError as error:
             refusals += 1
             assert str(path) in str(error) and "\n" not in str(error), (i, str(error))
-    assert refusals > 200
+    assert refusals > 500
 
 
 def test_a_reward_that_is_not_finite_names_the_response(toy, tmp_path):
@@ -1323,7 +1387,7 @@ def test_two_processes_draw_the_same_samples_and_train_one_policy(pieces, two_pr
     rows = read_lines(folder / "run/metrics.jsonl")
     assert [row["episode"] for row in rows] == [16, 32, 48, 64]
     assert all(math.isfinite(x) for row in rows for x in row.values())
-    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4) and rows[-1]["objective/kl_to_ref"] > 1e-4
+    assert abs(rows[0]["objective/kl_to_ref"]) < 1e-4 < abs(rows[-1]["objective/kl_to_ref"])
     assert printed.count("win rate") == 1  # one process speaks
 
 
@@ -1334,14 +1398,14 @@ def test_what_cannot_be_shared_out_is_refused(two_processes, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_process_ends_the_run_which_resumes(two_processes, tmp_path):
+def test_a_killed_process_ends_the_run_which_resumes(two_processes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path, argv, folder, _ = two_processes
-    killed = torchrun(path, *argv, "--out", "run", "--samples", "samples", cwd=tmp_path, KILL="1")
+    argv = [*argv, "--out", "run", "--samples", "samples"]
+    killed = torchrun(path, *argv, cwd=tmp_path, KILL="1")
     assert killed.returncode != 0 and not (tmp_path / "run/result.json").exists()
-    alone = call(*argv, "--out", tmp_path / "run", "--samples", "samples", "--resume")
-    assert alone.returncode == 2  # also for one process
-    resumed = torchrun(path, *argv, "--out", "run", "--samples", "samples", "--resume", cwd=tmp_path)
-    assert "resumed from" in succeeded(resumed).stdout
+    refused(call(*argv, "--resume"), "--resume", "2 processes")
+    assert "resumed from" in succeeded(torchrun(path, *argv, "--resume", cwd=tmp_path)).stdout
     assert same(weights(folder / "run"), weights(tmp_path / "run"))
     assert metrics_of(folder / "run") == metrics_of(tmp_path / "run")
 
@@ -1364,7 +1428,7 @@ def test_resume_refuses_other_weights_behind_ref(pieces, tmp_path, monkeypatch):
     assert "resumed from" in succeeded(call(*argv, "--resume")).stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; .ci/run has an environment with it")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; .ci/run tests it")
 def test_vllm_samples_the_same_distribution(tmp_path):
     """The same task by both backends: rewards agree in distribution, log-probs of the same tokens to 1e-3."""
     if (SHARED / "imdb-mini").exists():
@@ -1373,21 +1437,19 @@ def test_vllm_samples_the_same_distribution(tmp_path):
         save_small_models(tmp_path)
         models, data = tmp_path, tmp_path / "prompts.jsonl"
         write_lines(data, [{"prompt": f"Film number {i} is"} for i in range(20)])
-    argv = flags(own(models, dataset=data), rollouts=16, minibatch=16, train_prompts=8, test_prompts=2, test_M=8,
-                 M=128, max_new_tokens=12)
-    files, environment = {}, {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    argv = flags(own(models, dataset=data), rollouts=16, minibatch=16, train_prompts=8, test_prompts=2, M=128,
+                 test_M=8, max_new_tokens=12)
+    drawn, environment = {}, {"VLLM_CPU_KVCACHE_SPACE": "1"}
     for backend, name in (("hand", "this script"), ("vllm", "vLLM")):
-        result = succeeded(command(*argv, "--backend", backend, "--samples", backend, "--out", backend + "-run",
-                                   cwd=tmp_path, **environment))
+        paths = flags(backend=backend, samples=backend, out=backend + "-run")
+        result = succeeded(command(*argv, *paths, cwd=tmp_path, **environment))
         assert f"drawn by {name}" in result.stdout
-        files[backend] = read_lines(tmp_path / backend)[1:]
-
-    def flat(backend, name, split, value):
-        return doubles([value(x) for line in files[backend] if line["split"] == split
-                        for column in line[name] for x in column])
-    for split, name, value in itertools.product(("train", "test"), ("rewards", "tokens"), (None,)):
-        value = len if name == "tokens" else float  # EOS ends both alike
-        ours, theirs = (flat(backend, name, split, value) for backend in ("hand", "vllm"))
+        lines = read_lines(tmp_path / backend)[1:]
+        for split, column in itertools.product(("train", "test"), ("rewards", "tokens")):
+            flat = [x for line in lines if line["split"] == split for row in line[column] for x in row]
+            numbers = flat if column == "rewards" else [len(ids) for ids in flat]
+            drawn.setdefault((split, column), []).append(doubles(numbers))
+    for ours, theirs in drawn.values():  # rewards, and the lengths: EOS ends both alike
         assert len(ours) == len(theirs) and evaluate.kolmogorov_smirnov(ours, theirs)[1] > 0.001
     (tmp_path / "log_probs.py").write_text(f"""
 import json
@@ -1403,9 +1465,7 @@ if __name__ == "__main__":
         out.append([prompt, tokens, [entry[t].logprob for entry, t in zip(log_probs, tokens)]])
     json.dump(out, open("log_probs.json", "w"))
 """)
-    done = subprocess.run([sys.executable, "log_probs.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run([sys.executable, "log_probs.py"], cwd=tmp_path, check=True, env=os.environ | environment)
     from transformers import AutoModelForCausalLM
     lm = AutoModelForCausalLM.from_pretrained(models / "ref", dtype=torch.float32)
     for prompt, tokens, theirs in read_json(tmp_path / "log_probs.json"):
@@ -1414,7 +1474,7 @@ if __name__ == "__main__":
         close(vbon.token_log_probs(logits, torch.tensor(tokens)), torch.tensor(theirs), atol=1e-3, rtol=0)
 
 
-# --- bon_baselines.py ---------------------------------------------------------------------------------------------
+# --- bon_baselines.py ---------------------------------------------------------------------------------------
 
 
 def test_best_of_n_and_its_expectation_by_brute_force():
@@ -1468,7 +1528,7 @@ def test_bonbon_balances_its_terms():
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_losses_agree_with_trl(kind):
-    """TRL's DPOTrainer on the same log-probabilities; its IPO is per token: responses of one token are compared."""
+    """TRL's DPOTrainer on the same log-probs; its IPO is per token: responses of one token are compared."""
     pytest.importorskip("trl")
     from collections import defaultdict
     from unittest.mock import MagicMock
@@ -1485,7 +1545,8 @@ def test_losses_agree_with_trl(kind):
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
               "ref_chosen_logps": ref[:3], "ref_rejected_logps": ref[3:]}
-    expected = DPOTrainer._compute_loss(trainer, lambda **_: types.SimpleNamespace(logits=logits), inputs, False)
+    model = lambda **_: types.SimpleNamespace(logits=logits)
+    expected = DPOTrainer._compute_loss(trainer, model, inputs, False)
     pair = vbon.token_log_probs(logits[:, 2:-1], ids[:, 3:]).sum(1).chunk(2)
     ours = (bon_baselines.dpo_loss(*pair, ref[:3], ref[3:], beta) if kind == "sigmoid" else
             bon_baselines.bonbon_loss(*pair, ref[:3], ref[3:], N, alpha=0.0))
@@ -1493,8 +1554,8 @@ def test_losses_agree_with_trl(kind):
 
 
 def test_bonbons_identity_on_the_toy(toy):
-    """E[log-ratio of the best] − E[log-ratio of the worst] = (N−1)·H_{N−1} under exact Best-of-N, for a continuous
-    reward; the toy's responses have mass, which the difference of F at their two ends bounds."""
+    """E[log-ratio of the best] − E[log-ratio of the worst] = (N−1)·H_{N−1} under exact Best-of-N, for a
+    continuous reward; the toy's responses have mass, which the difference of F at their two ends bounds."""
     N = 4
     world = vbon.ExactWorld(toy[0], toy_args(N=N))
     F, p, best = (x.exp() for x in (world.log_F, world.log_ref, world.log_bon))
@@ -1506,18 +1567,22 @@ def test_bonbons_identity_on_the_toy(toy):
     assert ((value / expected - 1).abs() < 0.05).all(), value / expected
 
 
+def baseline_args(**changes):
+    return bon_baselines.Args(**TOY | dict(objective="dpo", device="cpu", out="unused") | changes)
+
+
 def test_pairs_of_the_baselines(toy, tmp_path):
-    args = bon_baselines.Args(**TOY, objective="dpo", N=5, device="cpu", out="x", samples=str(tmp_path / "samples"))
-    task = toy[0]
+    task, args = toy[0], baseline_args(N=5, samples=str(tmp_path / "samples"))
     samples = vbon.reference_samples(task, args, keep_tokens=True)
-    reward = {(prompt, tuple(y)): r for (split, prompt), (rewards, tokens) in samples.items() if split == "train"
-              for r, y in zip(rewards.tolist(), tokens)}
+    reward = {(prompt, tuple(y)): r for prompt in task.train_prompts
+              for r, y in zip(samples["train", prompt][0].tolist(), samples["train", prompt][1])}
 
     def pairs(number, prompts=task.train_prompts):
         stream = bon_baselines.training_pairs(samples, prompts, args, random.Random(0))
         return list(itertools.islice(stream, number))
     some = pairs(100)
-    assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in some) and len({p for p, *_ in some}) == 4
+    assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in some)
+    assert len({p for p, *_ in some}) == 4
     one_pass = pairs(12, task.train_prompts[:1])
     assert len({tuple(y) for _, *both in one_pass for y in both}) <= 6  # twelve pairs of six responses
     args.objective = "bonbon"
@@ -1530,8 +1595,7 @@ def test_pairs_of_the_baselines(toy, tmp_path):
 
 @pytest.mark.parametrize("K", [1, -1])
 def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
-    task, args = toy[0], bon_baselines.Args(**TOY, objective="dpo", temperature=0.7, unfrozen_layers=K, device="cpu",
-                                            out="x")
+    task, args = toy[0], baseline_args(temperature=0.7, unfrozen_layers=K)
     policy, _ = vbon.make_policy(task.ref, 1)
     with torch.no_grad():
         for p in policy.parameters():
@@ -1546,8 +1610,9 @@ def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
     close(log_pi.detach(), rollout.log_probs.sum(1), atol=1e-4, rtol=1e-4)
     for prompt, response, found in zip(ids, responses, log_ref):
         with torch.no_grad():
-            log_probs = (task.ref(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1)
-        assert found.item() == pytest.approx(log_probs[range(len(response)), response].sum().item(), abs=1e-4)
+            logits = task.ref(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response].sum()
+        close(found, expected, atol=1e-4, rtol=0)
     assert not torch.allclose(log_pi, log_ref, atol=0.1)
 
 
@@ -1570,7 +1635,7 @@ def test_baselines_on_the_toy(baselines, method):
         for name in ("reward", "win_rate", "kl_to_ref"):
             assert result[name] == pytest.approx(result["exact/" + name], abs=4 * result[name + "_se"])
         assert result["bon/expected_reward"] == pytest.approx(result["exact/reward"], abs=0.5)
-        assert abs(result["exact/kl_to_bon"]) < 1e-9 and result["exact/win_rate"] == pytest.approx(0.8, abs=0.02)
+        assert abs(result["exact/kl_to_bon"]) < 1e-9 and abs(result["exact/win_rate"] - 0.8) < 0.02
     else:
         assert result["exact/kl_to_bon"] > 0 and (baselines / method / "policy/model.safetensors").exists()
 
@@ -1596,14 +1661,14 @@ def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, word", [
     ("", "objective"), ("ppo", "bonbon"), ("bonbon --N 2.5", "whole number"), ("dpo --beta 0", "--beta"),
     ("bonbon --alpha 2", "--alpha"), ("dpo --minibatch 64 --episodes 32", "--episodes"),
-    ("dpo --ref gpt2", "--task imdb"), ("bon --max-new-tokens 6", "at most 4"), ("bon --seed 1e30", "--seed")])
+    ("dpo --ref gpt2", "--task imdb"), ("bon --max-new-tokens 6", "at most 4"), ("bon --seed x", "--seed")])
 def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(call(*argv.split(), script=bon_baselines), word, script="bon_baselines.py")
     assert not os.listdir(tmp_path)
 
 
-# --- evaluate.py --------------------------------------------------------------------------------------------------
+# --- evaluate.py --------------------------------------------------------------------------------------------
 
 
 def evaluated(*argv):
@@ -1697,16 +1762,18 @@ def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch):
         again = succeeded(call(*argv, "--samples", "own.jsonl", "--out", "b", "--overwrite"))
         assert same(weights(Path("a")), weights(Path("b"))), again  # the same F, and so the same run
     prompt = read_lines("s.jsonl")[1]["prompts"][0]
-    write_lines(Path("echo.jsonl"), [{"prompt": prompt, "responses": [prompt + "!"] * 5, "rewards": [1, 2, 3, 4, 5]}])
+    echo = {"prompt": prompt, "responses": [prompt + "!"] * 5, "rewards": [1, 2, 3, 4, 5]}
+    write_lines(Path("echo.jsonl"), [echo])
     evaluated("--import-samples", "echo.jsonl", "echo", "--", *argv)
-    assert read_lines("echo")[1]["responses"] == [[prompt + "!"] * 5]  # a response may begin as its prompt does
+    assert read_lines("echo")[1]["responses"] == [echo["responses"]]  # it may begin as its prompt does
     content = Path("s.jsonl").read_bytes()
     refused(call("--export", "s.jsonl", "s.jsonl", script=evaluate), "s.jsonl", script="evaluate.py")
     assert Path("s.jsonl").read_bytes() == content
     good = json.dumps({"prompt": prompt, "text": prompt + "y", "reward": 1}).encode() + b"\n"
     for bad in (good.replace(b": 1", b": NaN"), good.replace(b": 1", b": null"), b"\x80\x00\n",
-                good.decode().encode("utf-16"), good.replace(b"y", b"\\ud800"), b"[" * 100_000 + b"]" * 100_000 + b"\n",
-                b'{"prompt": "x", "text": "y", "reward": 1}\n', b'{"prompt": "x", "responses": "y", "rewards": [1]}\n'):
+                good.replace(b"y", b"\\ud800"), good.decode().encode("utf-16"),
+                b"[" * 100_000 + b"]" * 100_000, b'{"prompt": "x", "text": "y", "reward": 1}',
+                b'{"prompt": "x", "responses": "y", "rewards": [1]}'):
         Path("bad.jsonl").write_bytes(good + bad)
         result = call("--import-samples", "bad.jsonl", "new.jsonl", "--", *argv, script=evaluate)
         refused(result, "bad.jsonl, line 2", script="evaluate.py")
@@ -1720,11 +1787,12 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
     one, copied = baselines / "one", shutil.copytree(baselines / "one", "copied")
     Path("few").write_text('{"vbon_samples": 4}\n')
     Path("old").write_text('{"vbon_samples": 3}\n')
-    for argv, word in ((["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
-                       (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
-                       (["--log-F", "few"], "600 samples"), (["--log-F", "none"], "no such file"),
-                       (["--log-F", "old"], "vbon_samples"), (["--nonsense"], "--nonsense"),
-                       (["imdb", "--figures", "x", "--curves"], "--curves"), ([one, copied], "a seed comes twice"),
-                       ([one, "--temperatures", "hot"], "--temperatures"), ([one, "--", "--N", "3"], "--"),
-                       ([one, "--temperatures", "-1"], "--temperatures")):
+    for argv, word in (
+            (["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
+            (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
+            (["--log-F", "few"], "600 samples"), (["--log-F", "none"], "no such file"),
+            (["--log-F", "old"], "vbon_samples"), (["imdb", "--figures", "x", "--curves"], "--curves"),
+            ([one, copied], "a seed comes twice"), ([one, "--", "--N", "3"], "--import-samples"),
+            ([one, "--temperatures", "hot"], "--temperatures"), (["--nonsense"], "--nonsense"),
+            ([one, "--temperatures", "-1"], "--temperatures")):
         refused(call(*argv, script=evaluate), word, script="evaluate.py")
