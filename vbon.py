@@ -1597,6 +1597,8 @@ def save_results(args, task, world, metrics, samples, policy=None):
     result |= {"seconds": round(time.perf_counter() - args.started, 1)} | metrics
     if hasattr(world, "aim"):
         result["exact/kl_to_bon_of_optimum"] = world.aim["exact/kl_to_bon"]
+    finite = all(math.isfinite(x) for x in result.values() if isinstance(x, float))
+    need(finite, "what the policy gives is no longer finite: pass a smaller --lr")
     if rank() > 0:
         return result
     shutil.rmtree(f"{args.out}/policy", ignore_errors=True)
