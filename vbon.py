@@ -1749,7 +1749,7 @@ def run_script(name, run):
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: stopped; with --resume it goes on from the last checkpoint", file=sys.stderr)
+        print(f"{name}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 
