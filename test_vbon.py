@@ -1519,14 +1519,16 @@ def test_losses_agree_with_trl(kind):
     mask = (torch.arange(3 + tokens) >= 3).long().expand(6, -1)
     trainer = MagicMock(
         aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
-        loss_types=[kind], loss_weights=[1.0], use_weighting=False, _total_train_tokens=0,
+        loss_types=[kind], loss_weights=[1.0], use_weighting=False, _total_train_tokens=0, _tp_size=1,
         beta=beta if kind == "sigmoid" else bon_baselines.bonbon_beta(N),
         _metrics=defaultdict(lambda: defaultdict(list)))
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = lambda x: x
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
               "ref_chosen_logps": ref[:3], "ref_rejected_logps": ref[3:]}
-    model = lambda **_: types.SimpleNamespace(logits=logits)
-    expected = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    log_probs = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2) * mask[:, 1:]
+    outputs = types.SimpleNamespace(logits=logits, log_probs=log_probs, is_top1=log_probs > 0,
+                                    entropy=log_probs, mean_logits=log_probs)
+    expected = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     pair = vbon.token_log_probs(logits[:, 2:-1], ids[:, 3:]).sum(1).chunk(2)
     ours = (bon_baselines.dpo_loss(*pair, ref[:3], ref[3:], beta) if kind == "sigmoid" else
             bon_baselines.bonbon_loss(*pair, ref[:3], ref[3:], N, alpha=0.0))

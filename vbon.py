@@ -925,7 +925,8 @@ def check_sampler(lm, eos, args):
             for i, response in enumerate(token_lists(rollout)):
                 n, ids = len(response), torch.tensor([prompts[i // copies] + response], device=args.device)
                 plain = token_log_probs(lm(input_ids=ids).logits[:, -n - 1:-1].float(), ids[:, -n:])[0]
-                error = max((x[i, :n] - plain).abs().max().item() for x in (rollout.log_probs, on_trunk))
+                both = torch.stack([rollout.log_probs[i, :n], on_trunk[i, :n]])
+                error = (both - plain).abs().max().item()  # torch's max, unlike Python's, keeps a NaN
                 need(error < 0.02, f"{problem}: its log-probs would be off by {error:.2g} nats"
                      + (" (try --unfrozen-layers -1)" if K > 0 else ""))
 
