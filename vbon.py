@@ -448,7 +448,6 @@ def whiten(advantages, mask):
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old; token mean. All (B, T)."""
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0.0))
-    advantages = torch.where(mask, advantages, 0.0)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
 
