@@ -1778,3 +1778,13 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
             ([one, "--temperatures", "hot"], "--temperatures"), (["--nonsense"], "--nonsense"),
             ([one, "--temperatures", "-1"], "--temperatures")):
         refused(call(*argv, script=evaluate), word, script="evaluate.py")
+
+
+def test_effective_N_and_excess():
+    for N in (1, 2.5, 16, 512):
+        assert vbon.effective_N(-1 / N) == pytest.approx(N)
+        assert vbon.excess_kl(vbon.bon_kl(N), -1 / N) == pytest.approx(0, abs=1e-12)
+    # No other Best-of-N is nearer than the effective one.
+    def distance(N):
+        return 3 - math.log(N) + (N - 1) * 0.25
+    assert vbon.excess_kl(3, -0.25) == pytest.approx(min(distance(N / 100) for N in range(100, 2000)))

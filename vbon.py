@@ -96,6 +96,22 @@ def bon_win_rate(N):
     return N / (N + 1)
 
 
+def effective_N(mean_log_F):
+    """The N of the Best-of-N that is nearest to a policy whose responses have E[log F] = mean_log_F (nats).
+
+    Under Best-of-N F ~ Beta(N, 1), so that E[log F] = −1/N; real responses, where p vanishes beside F.
+    """
+    return -1 / mean_log_F
+
+
+def excess_kl(kl_to_ref, mean_log_F):
+    """KL(π_θ ‖ π_bon) in nats to the nearest Best-of-N, N = `effective_N(mean_log_F)`; never negative.
+
+    KL(π_θ ‖ π_bon) = KL(π_θ ‖ π_ref) − log N − (N−1) E[log F]; at E[log F] = −1/N this is KL less `bon_kl(N)`.
+    """
+    return kl_to_ref - bon_kl(effective_N(mean_log_F))
+
+
 ESTIMATORS = ("log_mean", "add_one", "posterior")
 
 
