@@ -155,6 +155,16 @@ def test_closed_forms_of_kl_and_win_rate():
     assert (log_bon.exp() * (log_bon - p.log())).sum().item() < vbon.bon_kl(N)
 
 
+def test_effective_N_and_excess():
+    for N in (1, 2.5, 16, 512):
+        assert vbon.effective_N(-1 / N) == pytest.approx(N)
+        assert vbon.excess_kl(vbon.bon_kl(N), -1 / N) == pytest.approx(0, abs=1e-12)
+    # No other Best-of-N is nearer than the effective one.
+    def distance(N):
+        return 3 - math.log(N) + (N - 1) * 0.25
+    assert vbon.excess_kl(3, -0.25) == pytest.approx(min(distance(N / 100) for N in range(100, 2000)))
+
+
 def test_objectives_are_ordered_and_their_rewards_are_the_objectives():
     """J ≥ L ≥ L1 (Thm. 2–4), each both from its definition and as E[reward] − KL/N times N."""
     for seed in range(20):
@@ -1778,13 +1788,3 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
             ([one, "--temperatures", "hot"], "--temperatures"), (["--nonsense"], "--nonsense"),
             ([one, "--temperatures", "-1"], "--temperatures")):
         refused(call(*argv, script=evaluate), word, script="evaluate.py")
-
-
-def test_effective_N_and_excess():
-    for N in (1, 2.5, 16, 512):
-        assert vbon.effective_N(-1 / N) == pytest.approx(N)
-        assert vbon.excess_kl(vbon.bon_kl(N), -1 / N) == pytest.approx(0, abs=1e-12)
-    # No other Best-of-N is nearer than the effective one.
-    def distance(N):
-        return 3 - math.log(N) + (N - 1) * 0.25
-    assert vbon.excess_kl(3, -0.25) == pytest.approx(min(distance(N / 100) for N in range(100, 2000)))

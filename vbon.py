@@ -97,17 +97,19 @@ def bon_win_rate(N):
 
 
 def effective_N(mean_log_F):
-    """The N of the Best-of-N that is nearest to a policy whose responses have E[log F] = mean_log_F (nats).
+    """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
 
-    Under Best-of-N F ~ Beta(N, 1), so that E[log F] = −1/N; real responses, where p vanishes beside F.
+    For real responses p vanishes beside F: KL(π_θ ‖ π_bon) = KL(π_θ ‖ π_ref) − log N − (N−1) E[log F].
+    Its derivative by N, −1/N − E[log F], is zero here. N is 1 for π_ref, and below 1 for a worse policy.
     """
     return -1 / mean_log_F
 
 
 def excess_kl(kl_to_ref, mean_log_F):
-    """KL(π_θ ‖ π_bon) in nats to the nearest Best-of-N, N = `effective_N(mean_log_F)`; never negative.
+    """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats, from KL(π_θ ‖ π_ref) and mean_log_F, below 0.
 
-    KL(π_θ ‖ π_bon) = KL(π_θ ‖ π_ref) − log N − (N−1) E[log F]; at E[log F] = −1/N this is KL less `bon_kl(N)`.
+    With E[log F] = −1/N in the formula of `effective_N`, −(N−1) E[log F] is (N−1)/N: what is left is KL less
+    `bon_kl(N)`. The exact value is never negative; an estimate may be.
     """
     return kl_to_ref - bon_kl(effective_N(mean_log_F))
 
