@@ -257,7 +257,7 @@ def run_bon(args):
     lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(task, args)
     world = vbon.open_run(args, task)
-    result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards)
+    result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
     if world:
         result |= world.metrics(world.log_bon)
     if args.N <= args.test_M:  # without sampling at all, from what is stored
@@ -268,11 +268,11 @@ def run_bon(args):
 
 @torch.no_grad()
 def sample_best(task, ref_rewards, args):
-    """The best of N new samples of π_ref to each test prompt, and log π_bon − log π_ref of it: two lists.
-    The mean of the second is the KL. F̂ is that of the stored test samples."""
-    generator, N = torch.Generator(args.device).manual_seed(args.seed), int(args.N)
-    responses, kls = [], []
-    for prompt in tqdm(task.test_prompts, desc=f"Best-of-{N}"):
+    """The best of N new samples of π_ref, test_responses times to each test prompt, and log π_bon − log π_ref
+    of it: two lists. The mean of the second is the KL. log F̂ is E[log F | k] for F ~ Beta(N, 1)."""
+    generator, N, M = torch.Generator(args.device).manual_seed(args.seed), int(args.N), args.test_M
+    responses, kls, prompts = [], [], [p for p in task.test_prompts for _ in range(args.test_responses)]
+    for prompt in tqdm(prompts, desc=f"Best-of-{N}"):
         texts, log_p = [], []
         uniforms = torch.rand(N, args.max_new_tokens, generator=generator, device=args.device)
         for rows in uniforms.split(512):
@@ -283,7 +283,8 @@ def sample_best(task, ref_rewards, args):
             log_p += batch.log_probs.double().sum(1).tolist()
         rewards = torch.tensor(vbon.checked_scores(task, [prompt] * N, texts), dtype=torch.double)
         best = best_of_n(rewards).item()
-        log_F = vbon.estimate_log_F(rewards[best], ref_rewards["test", prompt])
+        k = (ref_rewards["test", prompt] < rewards[best]).sum()
+        log_F = torch.digamma(k + N) - torch.digamma(torch.tensor(M + N + 1.0))
         responses.append(texts[best])
         kls.append(N * vbon.vbon_reward(log_F, log_p[best], N).item())
     return responses, kls

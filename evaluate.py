@@ -32,13 +32,10 @@ from vbon import bon_kl, bon_win_rate, need
 
 METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO",
            "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bon": "BoN"}
-COLUMNS = {
-    "reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref",
-    "exact/kl_to_bon": "exact KL to π_bon", "exact/kl_to_nearest_bon": "… to nearest N",
-    "exact/kl_to_ref": "exact KL to π_ref", "exact/reward": "exact reward",
-    "exact/win_rate": "exact win rate",
-    "in/reward": "reward, in-distribution", "in/win_rate": "win rate, in",
-    "out/reward": "reward, out of it", "out/win_rate": "win rate, out"}
+METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_bon": "KL to π_bon",
+           "effective_N": "effective N", "excess_kl": "excess KL"}
+PARTS = {"": "", "exact/": "exact ", "in/": "in-distribution ", "out/": "other "}
+COLUMNS = {part + key: words + label for part, words in PARTS.items() for key, label in METRICS.items()}
 
 # Settings that say where and how a run was made, not what it is.
 PLACES = (*vbon.PLACES, "samples", "backend")
@@ -145,9 +142,12 @@ def aligned(rows):
 
 
 def table(groups):
-    """The groups as text. Below them Best-of-N's closed forms, for the N of the BoN runs if there are any."""
+    """The groups as text. Below them Best-of-N's closed forms, for the N of the BoN runs if there are any.
+    Where every run knows the exact value of a metric, its estimate stays out."""
     runs = [run for _, members in groups for run in members]
-    keys = [k for k in COLUMNS if any(k in run["result"] for run in runs)]
+    results = [run["result"] for run in runs]
+    keys = [k for k in COLUMNS
+            if any(k in r for r in results) and not all("exact/" + k in r for r in results)]
 
     def cell(members, key):
         if not all(key in run["result"] for run in members):
@@ -158,8 +158,10 @@ def table(groups):
     rows += [[name, str(len(members)), *(cell(members, k) for k in keys)] for name, members in groups]
     with_N = [run for run in runs if strength(run)[0] == "N"]
     for N in sorted({run["config"]["N"] for run in [r for r in with_N if r["method"] == "BoN"] or with_N}):
-        closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}"}
-        rows.append([f"BoN, N = {N:.5g}, closed forms", "", *(closed.get(k, "") for k in keys)])
+        closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}", "kl_to_bon": "0",
+                  "effective_N": f"{N:.5g}", "excess_kl": "0"}
+        cells = (closed.get(k.removeprefix("exact/"), "") for k in keys)
+        rows.append([f"BoN, N = {N:.5g}, closed forms", "", *cells])
     return aligned(rows)
 
 
@@ -193,7 +195,7 @@ def show_responses(groups, number):
                 print(f"  {name:<{width}}  {s['reward']:6.2f}  " + s["response"].replace("\n", " ").strip())
 
 
-# ========== 3. Other temperatures, another judge, the exact distance to the nearest Best-of-N =============
+# ========== 3. Other temperatures, another judge ==========================================================
 
 
 def prepare(run, **changes):
@@ -235,7 +237,7 @@ def evaluate_anew(run, temperature, reward=None, judge_id="own"):
             drawn = bon_baselines.sample_best(task, vbon.reference_samples(task, args), args)
         else:
             drawn = vbon.sample_policy(load_policy(run, args), task, args)
-        metrics, samples = vbon.test_metrics(judge, *drawn, vbon.reference_samples(judge, args))
+        metrics, samples = vbon.test_metrics(judge, *drawn, vbon.reference_samples(judge, args), args)
         return {"result": metrics | {"temperature": temperature}, "samples": samples}
     judged = f", T = {temperature:g}"
     if reward:
@@ -251,24 +253,6 @@ def judge_anew(runs, temperatures, reward):
         judge = (reward, vbon.load_reward(reward, "cpu")[1]) if reward else ()
         return [evaluate_anew(run, t, *judge)
                 for run in bar for t in temperatures or [run["config"]["temperature"]]]
-
-
-def add_nearest_bon(run):
-    """toy: adds the exact KL(π_θ ‖ π_bon) to the nearest Best-of-N of any real N, which every method has."""
-    def compute():
-        args, task = prepare(run)
-        world = vbon.ExactWorld(task, args)
-        log_pi = world.log_bon if args.objective == "bon" else world.log_probs(load_policy(run, args))
-
-        def distance(log_N):
-            return world.metrics(log_pi, math.exp(log_N))["exact/kl_to_bon"]
-        # Golden-section search.
-        low, high, golden = 0.0, math.log(2000), (math.sqrt(5) - 1) / 2
-        while high - low > 0.05:
-            left, right = high - golden * (high - low), low + golden * (high - low)
-            low, high = (low, right) if distance(left) < distance(right) else (left, high)
-        return {"exact/kl_to_nearest_bon": distance(low), "exact/nearest_N": math.exp(low)}
-    return run | {"result": run["result"] | cached(run, "eval-nearest", compute)}
 
 
 # ========== 4. Figures ====================================================================================
@@ -343,37 +327,52 @@ def plot_front(path, title, runs):
         kl_axis(right)
 
 
-def plot_distance(path, runs):
-    """What only the toy can give: the exact distance to the nearest Best-of-N, against that to π_ref."""
-    with picture(path, "toy: how far each policy is from being a Best-of-N at all", 1) as (axes,):
+def plot_excess(path, title, runs):
+    """What each policy pays above the least price of acting like the Best-of-N nearest to it."""
+    with picture(path, title, 1) as (axes,):
         for method in METHODS.values():
-            own = [run["result"] for run in runs if run["method"] == method != "BoN"]
-            points = [(r["exact/kl_to_ref"], r["exact/kl_to_nearest_bon"]) for r in own]
+            own = [run["result"] for run in runs if run["method"] == method]
+            part = "exact/" if all("exact/reward" in r for r in own) else ""
+            names = ("effective_N", "excess_kl", "effective_N_se", "excess_kl_se")
+            columns = [[r.get(part + name) or 0 for r in own] for name in names]
             if own:
-                axes.plot(*zip(*points), "o", color=COLORS[method], ms=4, alpha=0.7, label=method)
-        axes.set(yscale="log", ylabel="min over N of exact KL(π_θ ‖ π_bon), nats")
-        kl_axis(axes)
+                N, excess, N_error, excess_error = columns
+                mark = "x" if method == "BoN" else "o"
+                axes.errorbar(N, excess, excess_error, N_error, mark, ms=5, lw=0.8, color=COLORS[method],
+                              label=method)
+        axes.axhline(0, color="black", lw=1, label="BoN, exact")
+        axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="excess over its KL, nats")
+        axes.set_yscale("symlog", linthresh=0.1)
+        low, high = (math.log2(N) for N in axes.get_xlim())
+        ticks = [2 ** i for i in range(math.floor(low), math.ceil(high) + 1)]
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.set_xticks([], minor=True)
 
 
-def plot_curves(path, groups):
-    """toy: exact KL(π_θ ‖ π_bon) in training, mean and range over seeds, and where each policy ends."""
-    with picture(path, "toy: exact distances", 2) as (left, right):
-        for i, (name, runs) in enumerate(groups):
-            line, mark = ("-", "o") if runs[0]["method"] == "vBoN" else ("--", "D")
-            color = f"C{i}"
-            curves = [{m["episode"]: m["exact/kl_to_bon"] for m in run["metrics"] if "exact/kl_to_bon" in m}
-                      for run in runs]
-            episodes = sorted(set.intersection(*map(set, curves)))
-            values = [[curve[e] for curve in curves] for e in episodes]
-            left.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=name)
-            left.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
-            ends = zip(*(point(run, "win_rate") for run in runs))
-            right.plot(*ends, mark, color=color, label=name, alpha=0.7, ms=5)
-        plot_closed_forms(right)
-        left.set(title="Distance to Best-of-N, mean and range over seeds", yscale="log", xlabel="episodes",
-                 ylabel="exact KL(π_θ ‖ π_bon), nats")
-        right.set(title="Where training ends, one mark per seed", xlabel="exact KL(π_θ ‖ π_ref), nats",
-                  ylabel="exact win rate over π_ref")
+def curve(run, name):
+    """{episode: value} in training: exact at milestones, or else a running mean over 1/16 of the phases."""
+    metrics = run["metrics"]
+    exact = {m["episode"]: m["exact/" + name] for m in metrics if "exact/" + name in m}
+    points = [(m["episode"], m["objective/" + name]) for m in metrics if "objective/" + name in m]
+    width = max(1, len(points) // 16)
+    means = {points[i][0]: statistics.fmean(y for _, y in points[i - width + 1:i + 1])
+             for i in range(width - 1, len(points), max(1, width // 4))}
+    return exact or means
+
+
+def plot_curves(path, title, groups):
+    """Distance to Best-of-N, effective N and excess in training: mean and range over seeds."""
+    with picture(path, title, 3) as panels:
+        for axes, key in zip(panels, ("kl_to_bon", "effective_N", "excess_kl")):
+            for i, (name, runs) in enumerate(groups):
+                curves = [curve(run, key) for run in runs]
+                episodes = sorted(set.intersection(*map(set, curves)))
+                values = [[c[e] for c in curves] for e in episodes]
+                line, color = "-" if runs[0]["method"] == "vBoN" else "--", f"C{i}"
+                axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=name)
+                axes.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
+            axes.set(xlabel="episodes", ylabel=METRICS[key])
+        panels[0].set_yscale("log")
 
 
 def plot_against(path, task, groups, key, xlabel):
@@ -544,13 +543,12 @@ def judge_runs(options):
     task, *others = sorted({run["config"]["task"] for run in runs})
     need(not others, f"runs of different tasks cannot stand in one table: {', '.join([task, *others])}")
     need(task != "toy" or not options.reward, "--reward is another judge for --task imdb; toy's is a formula")
-    need(task == "toy" or not options.curves, "--curves draws exact distances, which toy runs alone have")
     need(options.figures or not (options.curves or options.against), "--curves, --against: pass --figures")
+    need(not options.curves or any(curve(run, "kl_to_bon") for run in runs),
+         "--curves: none of these runs measured its distance to Best-of-N in training")
     group_seeds(runs)  # refuses what cannot stand in one table, before work
     if options.temperatures or options.reward:
         runs = judge_anew(runs, options.temperatures, options.reward)
-    elif task == "toy" and not options.against:
-        runs = [add_nearest_bon(run) for run in tqdm(runs, desc="nearest Best-of-N", unit="run", leave=False)]
 
     groups = group_seeds(runs)
     print(table(groups))
@@ -574,14 +572,16 @@ def draw_figures(start, task, runs, groups, options):
             name, label = "M", "seconds to draw and score π_ref's samples"
         plot_against(f"{start}-{name}.png", task, groups, key, label)
     elif options.curves:
-        plot_curves(f"{start}.png", [(name, members) for name, members in groups if members[0]["metrics"]])
+        drawn = [(name, members) for name, members in groups if all(curve(r, "kl_to_bon") for r in members)]
+        measured = "toy, exact" if task == "toy" else f"{task}, running means of the rollouts"
+        plot_curves(f"{start}.png", f"{measured}: mean and range over seeds", drawn)
     else:
         plot_front(f"{start}-pareto.png", f"{task}: a point is a run, faded if off its method's front", runs)
         bounds = [run for run in runs if run["method"] in ("vBoN", "L bound", "L1 bound")]
         if len({run["method"] for run in bounds}) > 1:
             plot_front(f"{start}-bound.png", f"{task}: vBoN (Eq. 5) against its lower bounds", bounds)
-        if task == "toy":
-            plot_distance(f"{start}-distance.png", runs)
+        if all("excess_kl" in run["result"] for run in runs):
+            plot_excess(f"{start}-excess.png", f"{task}: what a policy pays above Best-of-N's price", runs)
 
 
 def parse_options(argv):
@@ -592,7 +592,7 @@ def parse_options(argv):
     add("runs", nargs="*", help="folders of finished runs of one task")
     add("--csv", metavar="FILE", help="write every run as a row")
     add("--figures", metavar="DIR", help="draw the figures that these runs allow into this folder")
-    add("--curves", action="store_true", help="draw exact learning curves of toy runs instead")
+    add("--curves", action="store_true", help="draw the distance to Best-of-N in training instead")
     add("--against", metavar="KEY", help="draw reward and win rate against this key of result.json instead")
     add("--responses", metavar="K", type=int, default=0, help="show the responses to K test prompts")
     add("--temperatures", metavar="T", type=float, nargs="+", default=[], help="draw anew at these")

@@ -96,20 +96,28 @@ def bon_win_rate(N):
     return N / (N + 1)
 
 
+def kl_to_bon(kl_to_ref, mean_log_F, N):
+    """KL(π_θ ‖ π_bon) in nats, from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], below 0.
+
+    For real responses p vanishes beside F, and log π_bon = log π_ref + log N + (N−1) log F.
+    """
+    return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
+
+
 def effective_N(mean_log_F):
     """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
 
-    For real responses p vanishes beside F: KL(π_θ ‖ π_bon) = KL(π_θ ‖ π_ref) − log N − (N−1) E[log F].
-    Its derivative by N, −1/N − E[log F], is zero here. N is 1 for π_ref, and below 1 for a worse policy.
+    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. N is 1 for π_ref, below 1 for a worse
+    policy.
     """
     return -1 / mean_log_F
 
 
 def excess_kl(kl_to_ref, mean_log_F):
-    """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats, from KL(π_θ ‖ π_ref) and mean_log_F, below 0.
+    """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats: `kl_to_bon` where N is `effective_N`.
 
-    With E[log F] = −1/N in the formula of `effective_N`, −(N−1) E[log F] is (N−1)/N: what is left is KL less
-    `bon_kl(N)`. The exact value is never negative; an estimate may be.
+    As E[log F] is −1/N there, it is KL(π_θ ‖ π_ref) less `bon_kl(N)`: what a policy pays above the least
+    price of acting like that Best-of-N. The exact value is never negative; an estimate may be.
     """
     return kl_to_ref - bon_kl(effective_N(mean_log_F))
 
@@ -149,6 +157,30 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     if estimator == "posterior":
         return torch.digamma(k + 1) - torch.digamma(torch.full_like(k, M + 2))
     raise ValueError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
+
+
+def ranks(rewards, ref_rewards):
+    """How many of a prompt's M samples lie below each of R responses to it, a tie counting half: rewards
+    (..., R), ref_rewards (..., M) -> (..., R), float64."""
+    ref_rewards = ref_rewards.sort(-1).values
+    below, not_above = (torch.searchsorted(ref_rewards, rewards, right=right) for right in (False, True))
+    return (below + not_above).double() / 2
+
+
+def policy_log_F(k, M):
+    """log F̂ of a policy's responses, for their mean: ranks k (...) among M samples -> (...), float64, nats.
+
+    `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
+    Under Best-of-a F is Beta(a, 1), and E[log F | k] = ψ(k+a) − ψ(M+a+1). The a taken here is the
+    `effective_N` of the mean that it gives: exact for every Best-of-N, near enough for what lies between.
+    """
+    a = 1.0
+    for _ in range(200):
+        log_F = torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
+        a = effective_N(log_F.mean())
+    # A response that is better moves a too: stretched so, the responses have the standard error of the mean.
+    slope = a ** 2 * (torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))).mean()
+    return log_F.mean() + (log_F - log_F.mean()) / (1 - slope)
 
 
 def fit_log_F(ref_rewards):
@@ -217,13 +249,13 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 RECIPES = {
     "toy": dict(
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
-        train_prompts=4, test_prompts=512, test_M=1000,
+        train_prompts=4, test_prompts=512, test_M=10_000,
         episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, lam=1.0, value_coef=1.0,
         lr=1e-3, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=-1, sample_batch=512, save_every=20),
     "imdb": dict(
         ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
-        train_prompts=5000, test_prompts=512, test_M=64,
+        train_prompts=5000, test_prompts=512, test_M=200,
         episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=1.0,
         lr=3e-5, lr_schedule="constant", adam_eps=1e-8, unfrozen_layers=2, sample_batch=512, save_every=25),
     "tldr": dict(
@@ -231,7 +263,7 @@ RECIPES = {
         reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
         dataset="vwxyzjn/summarize_from_feedback_tldr_3_filtered",
         N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
-        train_prompts=5000, test_prompts=512, test_M=16,
+        train_prompts=5000, test_prompts=512, test_M=200,
         episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=0.2,
         lr=3e-6, lr_schedule="linear", adam_eps=1e-5, unfrozen_layers=2, sample_batch=64, save_every=25),
 }
@@ -264,6 +296,7 @@ class Args:
     test_prompts: int = flag(None, "number of test prompts")
     test_M: int = flag(None, "samples of π_ref per test prompt, which win rates are measured against")
     max_new_tokens: int = flag(None, "longest response, in tokens")
+    test_responses: int = flag(8, "responses of π_θ per test prompt")
     temperature: float = flag(None, "sampling temperature, of π_ref, π_θ and so π_bon")
     no_eos_reward: float = flag(None, "what a response without EOS earns; default: what the reward says")
 
@@ -541,6 +574,12 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
 
+    distance = {}
+    if ref_rewards.shape[1]:  # rlhf draws no samples
+        k = ranks(scores.unsqueeze(1), ref_rewards).squeeze(1)
+        kls = log_ratio.sum(1).cpu().double()
+        distance = {f"objective/{name}": x.mean().item()
+                    for name, x in distance_to_bon(kls, k, ref_rewards.shape[1], args.N).items()}
     unexplained = masked_mean((returns - rollout.values) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-12)
     return rollout, {
@@ -548,6 +587,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
         "objective/terminal_reward": terminal.mean().item(),
         "objective/log_F": log_F.clamp(min=-99).mean().item(),  # log_mean may be −inf
         "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
+        **distance,
         "objective/entropy": -rollout.log_probs.sum(1).mean().item(),
         "objective/length": mask.sum(1).float().mean().item(),
         "ppo/explained_variance": 1 - (unexplained / spread).item(),
@@ -624,8 +664,9 @@ def train(args):
             log.flush()
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
                 save_checkpoint(args, task, phase + 1, optimizer, generator)
-            bar.set_postfix({"reward": f"{metrics['objective/reward']:.3f}",
-                             "KL to π_ref": f"{metrics['objective/kl_to_ref']:.2f}"}, refresh=False)
+            shown = {"reward": "reward", "KL to π_ref": "kl_to_ref", "KL to π_bon": "kl_to_bon"}
+            bar.set_postfix({name: f"{metrics['objective/' + key]:.2f}" for name, key in shown.items()
+                             if "objective/" + key in metrics}, refresh=False)
             bar.update(args.rollouts)
 
     metrics, samples = evaluate_policy(policy, task, ref_rewards, args)
@@ -637,51 +678,75 @@ def train(args):
 
 
 def evaluate_policy(policy, task, ref_rewards, args):
-    """The test metrics of one response to each test prompt, and those responses."""
-    return test_metrics(task, *sample_policy(policy, task, args), ref_rewards)
+    """The test metrics of a policy, and the responses that they come from."""
+    return test_metrics(task, *sample_policy(policy, task, args), ref_rewards, args)
 
 
 @torch.no_grad()
 def sample_policy(policy, task, args):
-    """One response of π_θ to each test prompt, as texts, and KL(π_θ ‖ π_ref) of each in nats: two lists.
+    """test_responses of π_θ to each of P test prompts, prompt by prompt, as texts, and KL(π_θ ‖ π_ref) along
+    each in nats: two lists.
 
     The KL is summed over the vocabulary at every token, with far less variance than the tokens' log-ratio.
     """
-    generator, T = torch.Generator(args.device).manual_seed(args.seed), args.max_new_tokens
-    responses, kls = [], []
-    for start in tqdm(range(0, len(task.test_prompts), args.minibatch), desc="test", leave=False):
-        prompts = task.test_prompts[start:start + args.minibatch]
-        uniforms = torch.rand(len(prompts), T, generator=generator, device=args.device)
+    generator, R = torch.Generator(args.device).manual_seed(args.seed), args.test_responses
+    at_once, responses, kls = max(1, args.rollouts // R), [], []
+    for start in tqdm(range(0, len(task.test_prompts), at_once), desc="test", leave=False):
+        prompts = task.test_prompts[start:start + at_once]
+        uniforms = torch.rand(len(prompts) * R, args.max_new_tokens, generator=generator, device=args.device)
         with autocast(args):
-            batch = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
-                             args.temperature)
-            logits = (forward(lm, batch.input_ids, batch.attention_mask, T)[0] for lm in (policy, task.ref))
-            log_pi, log_ref = (heated(x, args.temperature).log_softmax(-1) for x in logits)
-        kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
-        kls += torch.where(batch.mask, kl, 0.0).sum(1).tolist()
-        responses += decode(task, prompts, token_lists(batch))
+            drawn = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
+                             args.temperature, K=args.unfrozen_layers)
+            for rows in torch.arange(len(uniforms), device=args.device).split(args.minibatch):
+                kls += response_kls(policy, task.ref, drawn[rows], args).tolist()
+        responses += decode(task, [p for p in prompts for _ in range(R)], token_lists(drawn))
     return responses, kls
 
 
-def test_metrics(task, responses, kls, ref_rewards):
-    """Reward, win rate against π_ref's samples (ties count half) and KL on the test prompts: means and
-    standard errors over prompts. "in/" and "out/": on tldr's subreddits of training, and on others."""
-    prompts = task.test_prompts
-    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
+def response_kls(policy, ref, batch, args):
+    """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats."""
+    log_pi, log_ref = (
+        heated(forward(lm, batch.input_ids, batch.attention_mask, batch.tokens.shape[1], None,
+                       args.unfrozen_layers, batch.trunk)[0], args.temperature).log_softmax(-1)
+        for lm in (policy, ref))
+    kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
+    return torch.where(batch.mask, kl, 0.0).sum(1)
+
+
+def distance_to_bon(kls, k, M, N):
+    """Where a policy lies among all Best-of-N, by the KL to π_ref and the rank of each response, both (...).
+    Each metric is the mean of what is returned for it, and its standard error is theirs, to first order."""
+    log_F = policy_log_F(k, M)
+    a = effective_N(log_F.mean()).item()
+    # The excess has its minimum at a, so that a's own error does not count.
+    return {"log_f": log_F, "effective_N": a + a ** 2 * (log_F - log_F.mean()),
+            "excess_kl": kl_to_bon(kls, log_F, a), "kl_to_bon": kl_to_bon(kls, log_F, N)}
+
+
+def test_metrics(task, responses, kls, ref_rewards, args):
+    """Means and standard errors over test prompts: reward, win rate against π_ref's samples (a tie counts
+    half), KL, distance from Best-of-N. "in/" and "out/": on tldr's subreddits of training, and on others."""
+    prompts, P = task.test_prompts, len(task.test_prompts)
+    repeated = [p for p in prompts for _ in range(len(responses) // P)]
+    rewards = checked_scores(task, repeated, responses)
     ref = torch.stack([ref_rewards["test", p] for p in prompts])  # (P, test_M)
-    r = scores.unsqueeze(1)
-    per_prompt = {"reward": scores, "win_rate": ((r > ref).double() + 0.5 * (r == ref)).mean(1),
-                  "kl_to_ref": torch.tensor(kls, dtype=torch.double), "ref/reward": ref.mean(1)}
+    M = ref.shape[1]
+    kl, scores = (torch.tensor(x, dtype=torch.double).view(P, -1) for x in (kls, rewards))
+    k = ranks(scores, ref)
     known, metrics = [in_distribution(p) for p in prompts], {}
-    parts = {"": [True] * len(known), "in/": [k is True for k in known], "out/": [k is False for k in known]}
-    for (part, rows), (name, x) in itertools.product(parts.items(), per_prompt.items()):
-        y = x[torch.tensor(rows)]
-        if len(y):
-            metrics[part + name] = y.mean().item()
-            metrics[part + name + "_se"] = (y.std() / math.sqrt(len(y))).item() if len(y) > 1 else None
-    columns = zip(prompts, responses, scores.tolist(), kls, ref.mean(1).tolist())
-    samples = [dict(zip(("prompt", "response", "reward", "kl_to_ref", "ref_reward"), row)) for row in columns]
-    return metrics, samples
+    parts = {"": [True] * P, "in/": [x is True for x in known], "out/": [x is False for x in known]}
+    for part, rows in parts.items():
+        rows = torch.tensor(rows)
+        if rows.any():
+            columns = {"reward": scores[rows], "win_rate": k[rows] / M, "kl_to_ref": kl[rows],
+                       **distance_to_bon(kl[rows], k[rows], M, args.N), "ref/reward": ref[rows]}
+            for name, x in columns.items():
+                metrics[part + name] = x.mean().item()
+                error = x.mean(1).std() / math.sqrt(len(x)) if len(x) > 1 else None
+                metrics[part + name + "_se"] = None if error is None else error.item()
+    means = [ref_rewards["test", p].mean().item() for p in repeated]
+    keys = ("prompt", "response", "reward", "kl_to_ref", "ref_reward")
+    return metrics, [dict(zip(keys, row)) for row in zip(repeated, responses, rewards, kls, means)]
 
 
 # ========== 7. The toy: a world small enough to be known exactly ============================================
@@ -827,7 +892,9 @@ class ExactWorld:
         def kl(log_q):  # 0 log 0 = 0
             return torch.where(pi == 0, 0.0, pi * (log_pi - log_q)).sum(1).mean().item()
         beaten = self.log_F.exp() + ref / 2  # a tie counts half
-        return {"exact/kl_to_bon": kl(log_bon), "exact/kl_to_ref": kl(self.log_ref),
+        log_f, kl_to_ref = (pi * beaten.log()).sum(1).mean().item(), kl(self.log_ref)
+        return {"exact/kl_to_bon": kl(log_bon), "exact/kl_to_ref": kl_to_ref,
+                "exact/effective_N": effective_N(log_f), "exact/excess_kl": excess_kl(kl_to_ref, log_f),
                 "exact/reward": (pi * self.rewards).sum(1).mean().item(),
                 "exact/win_rate": (pi * beaten).sum(1).mean().item()}
 
@@ -1643,6 +1710,9 @@ def save_results(args, task, world, metrics, samples, policy=None):
           f"  reward      {pm('reward')}  (π_ref {result['ref/reward']:.3f})\n"
           f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
           f"  KL to π_ref {pm('kl_to_ref')} nats  (≤ {bon_kl(args.N):.3f})\n"
+          f"  KL to π_bon {pm('kl_to_bon')} nats  (0)\n"
+          f"  effective N {pm('effective_N', 1, 2)}  ({args.N})\n"
+          f"  excess KL   {pm('excess_kl')} nats  (0)\n"
           f"{args.out}: {', '.join(files)}   [{result['seconds']:.0f} s]")
     return result
 
@@ -1706,7 +1776,7 @@ def check(args):
             value, named = getattr(args, name), "--" + name.replace("_", "-")
             fits = value is None or low <= value <= high
             need(fits, f"{named} must be from {low:g} to {high:g}, not {value}")
-    inside("N M train_prompts test_prompts test_M max_new_tokens sample_batch", 1, 1e9)
+    inside("N M train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
     inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
     inside("temperature clip", 1e-3, 1e3)
     inside("lr adam_eps reward_clip", 1e-30, 1e30)
