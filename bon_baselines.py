@@ -109,7 +109,7 @@ RECIPES = {
     "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
     "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6),
 }
-PPO_ONLY = ("estimator", "rollouts", "ppo_epochs", "lam", "clip", "value_coef", "reward_clip")
+PPO_ONLY = ("estimator", "rollouts", "ppo_epochs", "critic_every", "lam", "clip", "value_coef", "reward_clip")
 
 
 @dataclass

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -352,6 +353,41 @@ def test_gae_by_hand():
         torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
         white = vbon.whiten(torch.tensor([[1.0, 4.0, 1.0, beyond]]), mask)
         torch.testing.assert_close(white, torch.tensor([[-1.0, 2.0, -1.0, 0.0]]) / math.sqrt(2))
+
+
+def test_fit_values_learns_a_cubic_from_earlier_phases():
+    """Blocks of 2 in 5 tokens: returns are a cubic of u, another one in each block, plus noise."""
+    weights = torch.randn(3, 4, dtype=torch.double, generator=seeded())
+    moments = torch.zeros(3, 4, 5, dtype=torch.double)
+    mask = torch.arange(5) < torch.randint(1, 6, (500, 1), generator=seeded(1))
+
+    def phase(seed, noise=0.1):
+        u = torch.randn(500, 5, dtype=torch.double, generator=seeded(seed))
+        powers = torch.stack([u ** i for i in range(4)], -1)[:, ::2]
+        truth = (powers * weights).sum(-1).repeat_interleave(2, 1)[:, :5] * mask
+        return u, truth, truth + noise * torch.randn(500, 5, dtype=torch.double, generator=seeded(seed + 1))
+    for seed in (10, 20, 30):
+        u, truth, returns = phase(seed)
+        before = moments.clone()
+        values = vbon.fit_values(u, returns, mask, 2, moments)
+        close(values, truth, atol=0.2, rtol=0)
+        assert (values[~mask] == 0).all() and not same({"": before}, {"": moments})
+        if seed > 10:  # a baseline must not know its own returns
+            close(values, vbon.fit_values(u, 0 * returns, mask, 2, before))
+
+
+def test_read_unfinished_ranks_the_text_so_far(toy):
+    task, prompts = toy[0], ["the plot was", "the music was"]
+    words = [["very", "superb", "."], ["slow"]]
+    tokens, mask = vbon.pad([task.tokenizer.convert_tokens_to_ids(row) for row in words], 0, "right")
+    rollout = vbon.Rollout(None, None, tokens, mask)
+    ref = doubles([[-1.0, 0.0, 0.5, 3.0], [9.0] * 4])
+    u = vbon.read_unfinished(task, prompts, rollout, ref, 1)
+    k = [vbon.ranks(doubles([vbon.warmth(text)]), ref[0]).item() for text in ("very", "very superb")]
+    normal = statistics.NormalDist()
+    assert k == [1.5, 4]  # "very" alone has warmth 0, a tie
+    expected = doubles([[0, *(normal.inv_cdf((i + 0.5) / 5) for i in k)], [0, 0, 0]])
+    close(u, expected, atol=1e-6, rtol=0)
 
 
 def test_losses_are_clipped_and_masked():
@@ -736,7 +772,7 @@ def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
 # --- killed, stopped, damaged -------------------------------------------------------------------------------
 
 
-SCRIPTS = [(vbon, []), (bon_baselines, ["bonbon", "--N", "4"])]
+SCRIPTS = [(vbon, ["--critic-every", "1"]), (bon_baselines, ["bonbon", "--N", "4"])]
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
@@ -958,7 +994,8 @@ def test_the_fused_gelu_is_gpt2s_own(pieces):
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
 def test_own_models_and_prompts(pieces, tmp_path, objective):
     run, file = tmp_path / "run", tmp_path / "samples.jsonl"
-    succeeded(call(*flags(own(pieces), objective=objective, out=run, samples=file)))
+    critic = 0 if objective == "rlhf" else 2
+    succeeded(call(*flags(own(pieces), objective=objective, critic_every=critic, out=run, samples=file)))
     result, samples, metrics = (read_json(run / "result.json"), read_lines(run / "samples.jsonl"),
                                 read_lines(run / "metrics.jsonl"))
     assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0
@@ -1374,12 +1411,12 @@ def torchrun(path, *argv, cwd, **environment):
 WATCHED = """
 import torch
 update, phases = vbon.update, []
-def watched(policy, value_head, *rest):
+def watched(policy, critic, *rest):
     phases.append(0)
     if os.environ.get("KILL") == os.environ["RANK"] and len(phases) == 3:
         os.kill(os.getpid(), 9)
-    metrics = update(policy, value_head, *rest)
-    torch.save(policy.state_dict() | value_head.state_dict(), "weights" + os.environ["RANK"])
+    metrics = update(policy, critic, *rest)
+    torch.save(policy.state_dict() | {"critic": critic}, "weights" + os.environ["RANK"])
     return metrics
 vbon.update = watched"""
 

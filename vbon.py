@@ -250,21 +250,22 @@ RECIPES = {
     "toy": dict(
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
         train_prompts=4, test_prompts=512, test_M=10_000,
-        episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, lam=1.0, value_coef=1.0,
-        lr=1e-3, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=-1, sample_batch=512, save_every=20),
+        episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, critic_every=0, lam=1.0,
+        value_coef=1.0, lr=1e-3, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=-1, sample_batch=512,
+        save_every=20),
     "imdb": dict(
         ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
         train_prompts=5000, test_prompts=512, test_M=200,
-        episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=1.0,
-        lr=3e-5, lr_schedule="constant", adam_eps=1e-8, unfrozen_layers=2, sample_batch=512, save_every=25),
+        episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=1, critic_every=2, lam=0.8, value_coef=1.0,
+        lr=1.25e-4, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=2, sample_batch=512, save_every=25),
     "tldr": dict(
         ref="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
         dataset="vwxyzjn/summarize_from_feedback_tldr_3_filtered",
         N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
         train_prompts=5000, test_prompts=512, test_M=200,
-        episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, lam=0.95, value_coef=0.2,
+        episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, critic_every=0, lam=0.95, value_coef=0.2,
         lr=3e-6, lr_schedule="linear", adam_eps=1e-5, unfrozen_layers=2, sample_batch=64, save_every=25),
 }
 
@@ -304,6 +305,8 @@ class Args:
     rollouts: int = flag(None, "responses per PPO phase")
     minibatch: int = flag(None, "responses per gradient step")
     ppo_epochs: int = flag(None, "passes over the responses of a phase")
+    critic_every: int = flag(None, "the critic is the reward of the text so far, read every K tokens; 0 for "
+                             "the paper's critic, a value head on the policy")
     lam: float = flag(None, "λ of generalized advantage estimation")
     clip: float = flag(0.2, "clip range of the policy ratio and of the values")
     value_coef: float = flag(None, "weight of the value loss")
@@ -510,6 +513,43 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
+def read_unfinished(task, prompts, rollout, ref_rewards, every):
+    """What the reward model says of B texts as far as they go: u (B, T), of the text before the token, at
+    every `every`-th token of a response; 0 at the others.
+
+    It is the rank k of that reward among the prompt's M as a normal quantile, u = Φ⁻¹((k+½)/(M+1)): no scale
+    enters, and it is linear where log F changes most. ref_rewards: (B, M).
+    """
+    tokens, M = token_lists(rollout), ref_rewards.shape[1]
+    cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
+    u = torch.zeros(rollout.mask.shape, dtype=torch.double)
+    if cuts:
+        rows, columns = torch.tensor(cuts).T
+        texts = decode(task, [prompts[b] for b, _ in cuts], [tokens[b][:t] for b, t in cuts])
+        scores = checked_scores(task, [prompts[b] for b, _ in cuts], [text + task.end for text in texts])
+        k = ranks(torch.tensor(scores, dtype=torch.double).unsqueeze(1), ref_rewards[rows]).squeeze(1)
+        u[rows, columns] = torch.special.ndtri((k + 0.5) / (M + 1))
+    return u
+
+
+def fit_values(u, returns, mask, every, moments, decay=15 / 16):
+    """V (B, T), without learning a network: of each block of `every` tokens a cubic in u, fitted to returns.
+
+    The least squares are those of earlier phases, as a baseline must not know the returns that it is taken
+    from; only the first phase is fitted to its own. moments (blocks, 4, 5) holds [XᵀX | Xᵀy] of X = 1, u, u²,
+    u³ with the weight of a phase falling by `decay` from each to the next. It is updated in place.
+    """
+    x = torch.stack([torch.ones_like(u), u, u ** 2, u ** 3], -1)[:, ::every]
+    y = torch.cat([x, returns[:, ::every, None]], -1)
+    seen = sum(gathered(torch.einsum("bki,bkj->kij", x * mask[:, ::every, None], y)))
+    known = moments if moments.any() else seen
+    ridge = 0.01 * torch.eye(4, dtype=torch.double)
+    fit = torch.linalg.solve(known[..., :4] + ridge, known[..., 4])
+    moments.mul_(decay).add_(seen)
+    values = torch.einsum("bki,ki->bk", x, fit).repeat_interleave(every, 1)[:, :u.shape[1]]
+    return torch.where(mask, values, 0.0)
+
+
 def response_log_probs(lm, batch, temperature, K=-1):
     """log π(y_t | x, y_<t) of the response's tokens, nats, (B, T); hidden states, (B, T, H); the trunk.
     With a trunk in the batch, only the top K layers run."""
@@ -540,10 +580,11 @@ def terminal_reward(scores, log_F, log_p, args):
 
 
 @torch.no_grad()
-def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
+def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
 
-    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. Returns the Rollout and metrics.
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or the moments
+    of `fit_values`. Returns the Rollout and metrics.
     """
     start, (B, T), K = time.perf_counter(), (len(prompts), args.max_new_tokens), args.unfrozen_layers
 
@@ -551,7 +592,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     uniforms = torch.rand(B, T, generator=generator, device=args.device)
     with autocast(args):
         rollout = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
-                           args.temperature, value_head, K)
+                           args.temperature, None if args.critic_every else critic, K)
     responses = decode(task, prompts, token_lists(rollout))
     mask, sampled = rollout.mask, time.perf_counter()
 
@@ -571,6 +612,11 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     rewards = -kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal.to(rewards)
 
+    if args.critic_every:
+        u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
+        _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
+        values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic)
+        rollout.values = values.to(rewards)
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
 
@@ -596,7 +642,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     }
 
 
-def update(policy, value_head, optimizer, rollout, args, generator):
+def update(policy, critic, optimizer, rollout, args, generator):
     """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
     start, B, losses, K = time.perf_counter(), len(rollout.tokens), [], args.unfrozen_layers
     for _ in range(args.ppo_epochs):
@@ -605,7 +651,7 @@ def update(policy, value_head, optimizer, rollout, args, generator):
             batch = rollout[rows]
             with autocast(args):
                 log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature, K)
-                values = value_head(hidden).squeeze(-1).float()
+                values = batch.values if args.critic_every else critic(hidden).squeeze(-1).float()
             pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, args.clip)
             vf = value_loss(values, batch.values, batch.returns, batch.mask, args.clip)
             optimizer.zero_grad()
@@ -630,7 +676,12 @@ def train(args):
     """Algorithm 1, from the first sample to the last test. Returns what it writes to result.json."""
     task = setup(args)
     torch.manual_seed(args.seed)
-    policy, value_head = make_policy(task.ref, args.unfrozen_layers)
+    policy, critic = make_policy(task.ref, args.unfrozen_layers)
+    trained, moments = [*policy.parameters(), *critic.parameters()], None
+    if args.critic_every:
+        blocks = math.ceil(args.max_new_tokens / args.critic_every)
+        trained, critic = policy.parameters(), torch.zeros(blocks, 4, 5, dtype=torch.double)
+        moments = critic
     lock = hold_folder(args)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
@@ -639,9 +690,9 @@ def train(args):
     result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
     world = open_run(args, task, ref_rewards)  # the toy's exact world, else None
 
-    optimizer = make_optimizer([*policy.parameters(), *value_head.parameters()], args)
+    optimizer = make_optimizer(trained, args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
-    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator)
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, moments)
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
     with (open(metrics_file(args), "a", encoding="utf-8") as log,
           tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
@@ -652,8 +703,8 @@ def train(args):
             prompts = list(itertools.islice(prompt_stream, args.rollouts))[rank()::processes()]
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
 
-            rollout, metrics = collect(policy, value_head, task, prompts, prompt_rewards, args, generator)
-            metrics |= update(policy, value_head, optimizer, rollout, args, generator)
+            rollout, metrics = collect(policy, critic, task, prompts, prompt_rewards, args, generator)
+            metrics |= update(policy, critic, optimizer, rollout, args, generator)
             metrics["episode"] = (phase + 1) * args.rollouts
 
             if world and is_milestone(phase, phases):
@@ -663,7 +714,7 @@ def train(args):
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, task, phase + 1, optimizer, generator)
+                save_checkpoint(args, task, phase + 1, optimizer, generator, moments)
             shown = {"reward": "reward", "KL to π_ref": "kl_to_ref", "KL to π_bon": "kl_to_bon"}
             bar.set_postfix({name: f"{metrics['objective/' + key]:.2f}" for name, key in shown.items()
                              if "objective/" + key in metrics}, refresh=False)
@@ -1153,10 +1204,10 @@ def reference_samples(task, args, keep_tokens=False):
     lists of token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them,
     then a line for every batch of prompts. A second run reads them; one with a larger M or more prompts, or
     one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and
-    the prompt alone. Objective rlhf, which has no F, needs none for training.
+    the prompt alone. Objective rlhf, which has no F, needs none for training but for --critic-every.
     """
     path, header = samples_file(task, args)
-    M = 0 if args.objective == "rlhf" else args.M
+    M = 0 if args.objective == "rlhf" and not args.critic_every else args.M
     wanted = {("train", p): M for p in task.train_prompts}
     wanted |= {("test", p): args.test_M for p in task.test_prompts}
     lock = take_lock(path + ".lock", wait=True)
@@ -1720,18 +1771,18 @@ def save_results(args, task, world, metrics, samples, policy=None):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, task, done, optimizer, generator=None):
+def save_checkpoint(args, task, done, optimizer, generator=None, moments=None):
     """All that a run needs to go on after `done` steps, of a line of metrics each: weights, their moments,
-    the random generator of each process. The rest follows from the seed."""
+    those of the critic, the random generator of each process. The rest follows from the seed."""
     weights = [p.detach() for p in optimizer.param_groups[0]["params"]]
     state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
-             "generators": gathered(generator and generator.get_state())}
+             "generators": gathered(generator and generator.get_state()), "moments": moments}
     if rank() == 0:
         torch.save(state, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def load_checkpoint(args, task, optimizer, generator=None):
+def load_checkpoint(args, task, optimizer, generator=None, moments=None):
     """Goes back to the last checkpoint and cuts off later metrics. Returns how many steps were done."""
     path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
     if not (args.resume and os.path.exists(path)):
@@ -1749,6 +1800,8 @@ def load_checkpoint(args, task, optimizer, generator=None):
             for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
+        if moments is not None:
+            moments.copy_(state["moments"])
         if generator:
             generator.set_state(state["generators"][rank()])
     write_whole(metrics, "".join(lines))
@@ -1783,6 +1836,7 @@ def check(args):
     inside("beta value_coef save_every", 0, 1e9)
     inside("no_eos_reward", -1e30, 1e30)
     inside("lam", 0, 1)
+    inside("critic_every", 0, args.max_new_tokens)
     inside("seed data_seed", 0, 2 ** 62)
     need(args.estimator != "smooth" or args.M >= 3, "--estimator smooth needs --M of at least 3")
     if args.task == "toy":
