@@ -612,6 +612,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     rewards = -kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal.to(rewards)
 
+    # The values, where no head has given them; the advantages.
     if args.critic_every:
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
@@ -620,26 +621,28 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
 
-    distance = {}
-    if ref_rewards.shape[1]:  # rlhf draws no samples
-        k = ranks(scores.unsqueeze(1), ref_rewards).squeeze(1)
-        kls = log_ratio.sum(1).cpu().double()
-        distance = {f"objective/{name}": x.mean().item()
-                    for name, x in distance_to_bon(kls, k, ref_rewards.shape[1], args.N).items()}
+    metrics = rollout_metrics(rollout, log_ratio.sum(1).cpu().double(), scores, ref_rewards, args.N)
+    return rollout, metrics | {
+        "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
+        "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
+
+
+def rollout_metrics(rollout, kls, scores, ref_rewards, N):
+    """What a rollout says of policy and critic. kls (B,): log π_θ − log π_ref of the responses, nats."""
+    mask, returns, M = rollout.mask, rollout.returns, ref_rewards.shape[1]
     unexplained = masked_mean((returns - rollout.values) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-12)
-    return rollout, {
-        "objective/reward": scores.mean().item(),
-        "objective/terminal_reward": terminal.mean().item(),
-        "objective/log_F": log_F.clamp(min=-99).mean().item(),  # log_mean may be −inf
-        "objective/kl_to_ref": log_ratio.sum(1).mean().item(),
-        **distance,
+    metrics = {
+        "objective/kl_to_ref": kls.mean().item(),
         "objective/entropy": -rollout.log_probs.sum(1).mean().item(),
         "objective/length": mask.sum(1).float().mean().item(),
         "ppo/explained_variance": 1 - (unexplained / spread).item(),
-        "time/rollout": sampled - start,
-        "time/score": time.perf_counter() - sampled,
     }
+    if M > 0:  # rlhf draws no samples, unless for its critic
+        k = ranks(scores.unsqueeze(1), ref_rewards).squeeze(1)
+        distance = distance_to_bon(kls, k, M, N)
+        metrics |= {f"objective/{name}": x.mean().item() for name, x in distance.items()}
+    return metrics
 
 
 def update(policy, critic, optimizer, rollout, args, generator):
