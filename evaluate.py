@@ -6,7 +6,6 @@
     python evaluate.py runs/* --responses 3                   # … the responses to three prompts (Table 2)
     python evaluate.py runs/* --temperatures .25 .5 1         # draws anew at other temperatures (Figure 5)
     python evaluate.py runs/* --reward DIR                    # judges by a reward that was not trained on
-    python evaluate.py --log-F samples/imdb-….jsonl           # how many samples F needs (Table 1, Figure 3)
     python evaluate.py --export samples/imdb-….jsonl THEIRS   # samples in the format of the paper's authors
     python evaluate.py --import-samples THEIRS samples/mine.jsonl -- --task imdb    # … flags of vbon.py
 
@@ -393,56 +392,13 @@ def plot_against(path, task, groups, key, xlabel):
             a.set(xlabel=xlabel, ylabel=COLUMNS[value])
 
 
-# ========== 5. Files of samples: how many F needs (Table 1, Figure 3), the authors' formats ===============
+# ========== 5. Samples in the formats of the paper's authors ==============================================
 
 
 def read_samples(path):
     """vbon.read_samples, of a file that must be there, whatever made it."""
     need(os.path.exists(path), f"{path}: no such file of samples")
     return vbon.read_samples(path, {"vbon_samples": 4})
-
-
-def kolmogorov_smirnov(a, b):
-    """The two-sample statistic sup |F_a − F_b|, and its p-value by the limit law (Numerical Recipes 14.3)."""
-    both = torch.cat([a, b])
-    F_a, F_b = (torch.searchsorted(x.sort().values, both, right=True) / len(x) for x in (a, b))
-    D, n = (F_a - F_b).abs().max().item(), len(a) * len(b) / (len(a) + len(b))
-    x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * D
-    p = 1.0 if x < 0.2 else 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
-    return D, min(1.0, max(0.0, p))
-
-
-def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
-    """Table 1: F̂ of a prompt's first M samples against F̂ of its first 600. And Figure 3, into the folder.
-
-    The M are among the 600, as in the paper: were they others, a test at 5 % would reject 5 % at every M.
-    """
-    drawn = [(prompt, torch.tensor(r[:most], dtype=torch.double))
-             for (_, prompt), r in read_samples(path)[0].items() if len(r) >= most]
-    need(drawn, f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
-    rows = [["M", "rejected at 5 %", "mean statistic", "mean p", "mean statistic of all"]]
-    for M in Ms:
-        tests = torch.tensor([kolmogorov_smirnov(r[:M], r) for _, r in drawn])
-        rejected = tests[tests[:, 1] < 0.05]
-        means = [f"{x:.2f}" for x in rejected.mean(0)] if len(rejected) else ["", ""]
-        share = f"{100 * len(rejected) / len(tests):.2f} %"
-        rows.append([str(M), share, *means, f"{tests[:, 0].mean():.3f}"])
-    print(f"{len(drawn)} prompts, F̂_M against F̂_{most} (Table 1)\n" + aligned(rows))
-    if folder:
-        plot_log_F(f"{folder}/log_F.png", drawn, (10, 50, 100, 200, most))
-
-
-def plot_log_F(path, drawn, Ms):
-    """Figure 3: log F̂ from M samples, of the prompts with the lowest, middle and highest mean reward."""
-    drawn = sorted(drawn, key=lambda pair: pair[1].mean().item())
-    kinds = {"negative": drawn[0], "neutral": drawn[len(drawn) // 2], "positive": drawn[-1]}
-    with picture(path, "log F̂ from M samples of π_ref (Figure 3)", 3) as axes:
-        for a, (kind, (prompt, r)) in zip(axes, kinds.items()):
-            grid = torch.linspace(r.min(), r.max(), 400, dtype=torch.double)
-            for M in Ms:
-                log_F = vbon.estimate_log_F(grid, r[:M])
-                a.step(grid, log_F, where="post", lw=2 if M == Ms[-1] else 1, label=f"M = {M}")
-            a.set(xlabel="reward", ylabel="log F̂, nats", title=f"{kind}: {prompt!r}")
 
 
 def export_samples(path, target, flat):
@@ -530,8 +486,6 @@ def evaluate(options, flags):
         import_samples(*options.import_samples, flags)
     elif options.export:
         export_samples(*options.export, options.flat)
-    elif options.log_F:
-        samples_needed(options.log_F, options.figures)
     else:
         need(options.runs, "nothing to evaluate: name folders of runs (see --help)")
         judge_runs(options)
@@ -597,7 +551,6 @@ def parse_options(argv):
     add("--responses", metavar="K", type=int, default=0, help="show the responses to K test prompts")
     add("--temperatures", metavar="T", type=float, nargs="+", default=[], help="draw anew at these")
     add("--reward", metavar="DIR", help="judge by this reward model")
-    add("--log-F", metavar="FILE", help="a file of samples: how many F needs (Table 1, Figure 3)")
     add("--export", metavar=("FILE", "THEIRS"), nargs=2, help="write a file of samples as the authors' lines")
     add("--flat", action="store_true", help="with --export: a line for each response")
     add("--import-samples", metavar=("THEIRS", "FILE"), nargs=2, help="the way back; -- flags of vbon.py")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+import unittest.mock
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import torch
 import bon_baselines
 import evaluate
 import vbon
+from results import log_F as table_1
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
@@ -1505,7 +1507,7 @@ def test_vllm_samples_the_same_distribution(tmp_path):
             numbers = flat if column == "rewards" else [len(ids) for ids in flat]
             drawn.setdefault((split, column), []).append(doubles(numbers))
     for ours, theirs in drawn.values():  # rewards, and the lengths: EOS ends both alike
-        assert len(ours) == len(theirs) and evaluate.kolmogorov_smirnov(ours, theirs)[1] > 0.001
+        assert len(ours) == len(theirs) and table_1.kolmogorov_smirnov(ours, theirs)[1] > 0.001
     (tmp_path / "log_probs.py").write_text(f"""
 import json
 import os
@@ -1531,6 +1533,57 @@ if __name__ == "__main__":
         with torch.no_grad():
             logits = lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]
         close(vbon.token_log_probs(logits, torch.tensor(tokens)), torch.tensor(theirs), atol=1e-3, rtol=0)
+
+
+def readme_trainer(replacements):
+    """The README's code for TRL, with these names and numbers in the place of its own."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in readme.split("```python\n") if "RLOOTrainer(" in block]
+    code = code.split("```")[0]
+    for old, new in replacements.items():
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.fixture(scope="module")
+def exported(pieces, tmp_path_factory):
+    """A folder with the samples of a run as TRL's data, and the README's code with its paths."""
+    folder = tmp_path_factory.mktemp("exported")
+    succeeded(call(*flags(own(pieces), samples=folder / "s", out=folder / "run")))
+    evaluated("--export", folder / "s", folder / "theirs.jsonl")
+    names = {"my-model": str(pieces / "ref"), "my-classifier": str(pieces / "reward"), '"cuda"': '"cpu"',
+             "theirs.jsonl": str(folder / "theirs.jsonl"), "runs/rloo": str(folder / "rloo")}
+    return folder, names
+
+
+def test_the_reward_for_trl_is_the_objective(exported, monkeypatch):
+    """Called as TRL does, a prompt and a list of its rewards a row; vbon and bound differ by a constant."""
+    folder, names = exported
+    made = {}
+    trl = types.SimpleNamespace(RLOOConfig=lambda *_, **settings: made.update(settings),
+                                RLOOTrainer=lambda *_, **given: made.update(given) or unittest.mock.Mock())
+    monkeypatch.setitem(sys.modules, "trl", trl)
+    exec(readme_trainer(names), {"__name__": "readme"})
+    row = made["train_dataset"][0]
+    rewards = made["reward_funcs"](
+        prompts=[row["prompt"]] * 2, completions=[" good", " bad"], completion_ids=[[1], [2]],
+        ref_rewards=[row["ref_rewards"]] * 2, trainer_state=None)
+    score, _ = vbon.load_reward(names["my-classifier"], "cpu")
+    scores = doubles(score([row["prompt"]] * 2, [" good", " bad"]))
+    log_F = vbon.estimate_log_F(scores, doubles(row["ref_rewards"]))
+    close(doubles(rewards), 15 / 16 * log_F)
+    assert made["beta"] == 1 / 16
+    exact = vbon.vbon_reward(log_F, doubles(-40.0), 16)
+    close(exact - doubles(rewards), torch.full((2,), math.log(16) / 16, dtype=torch.double))
+
+
+def test_the_readme_trains_with_trl(exported):
+    pytest.importorskip("trl")
+    folder, names = exported
+    steps = {"max_steps=100": "max_steps=2, use_cpu=True, bf16=False, report_to=[]", "size=32": "size=8",
+             "length=40": "length=6"}
+    exec(readme_trainer(names | steps), {"__name__": "readme"})
 
 
 # --- bon_baselines.py ---------------------------------------------------------------------------------------
@@ -1748,16 +1801,16 @@ def test_pareto_front_by_brute_force():
 
 def test_kolmogorov_smirnov():
     a = torch.arange(100.0)
-    assert evaluate.kolmogorov_smirnov(a, a) == (0, 1)
-    D, p = evaluate.kolmogorov_smirnov(a, a + 1000)
+    assert table_1.kolmogorov_smirnov(a, a) == (0, 1)
+    D, p = table_1.kolmogorov_smirnov(a, a + 1000)
     assert D == 1 and p < 1e-20
     generator, rejected = seeded(), 0
     for _ in range(400):  # two samples of one law are told apart in about 5 % of cases
         two = (torch.rand(n, generator=generator) for n in (100, 200))
-        rejected += evaluate.kolmogorov_smirnov(*two)[1] < 0.05
+        rejected += table_1.kolmogorov_smirnov(*two)[1] < 0.05
     assert 6 <= rejected <= 34
     two = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5])
-    assert evaluate.kolmogorov_smirnov(*two)[0] == pytest.approx(0.5)
+    assert table_1.kolmogorov_smirnov(*two)[0] == pytest.approx(0.5)
 
 
 def test_evaluate_table_csv_and_figures(baselines, tmp_path):
@@ -1812,7 +1865,7 @@ def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch):
 def test_samples_needed(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vbon.reference_samples(toy[0], toy_args(samples="samples", M=600))
-    out = evaluated("--log-F", "samples", "--figures", ".")
+    out = succeeded(call("samples", ".", script=table_1)).stdout
     assert "4 prompts" in out and Path("log_F.png").exists()
     rows = [line.split() for line in out.splitlines() if line.split()[0].isdigit() and "prompts" not in line]
     statistics = [float(row[-1]) for row in rows]
@@ -1861,9 +1914,11 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
     for argv, word in (
             (["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
             (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
-            (["--log-F", "few"], "600 samples"), (["--log-F", "none"], "no such file"),
-            (["--log-F", "old"], "vbon_samples"), (["imdb", "--figures", "x", "--curves"], "--curves"),
+            (["imdb", "--figures", "x", "--curves"], "--curves"),
             ([one, copied], "a seed comes twice"), ([one, "--", "--N", "3"], "--import-samples"),
             ([one, "--temperatures", "hot"], "--temperatures"), (["--nonsense"], "--nonsense"),
             ([one, "--temperatures", "-1"], "--temperatures")):
         refused(call(*argv, script=evaluate), word, script="evaluate.py")
+    for argv, word in ((["few"], "600 samples"), (["none"], "no such file"), (["old"], "vbon_samples"),
+                       ([], "name a file")):
+        refused(call(*argv, script=table_1), word, script="log_F.py")

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# imdb with small models: how near to Best-of-16 each method comes, for results/imdb-near.* and
+# figures/imdb-near/. vBoN with the critic that reads the unfinished text and with the paper's, PPO on the reward,
+# the baselines, Best-of-16 itself, and one long run.
+# 13 runs of 5 to 12 minutes of one core, and one of an hour. Arguments are added to every run.
+#
+#   REF=DIR REWARD=DIR IMDB=DIR results/imdb-near.sh
+set -eo pipefail
+cd "$(dirname "$0")/.."
+: "${REF:?is not set: name the folder of the reference model}"
+: "${REWARD:?is not set: name the folder of the reward model}"
+: "${IMDB:?is not set: name the folder of the reviews}"
+out=sweeps/imdb-near
+short="--episodes 10240 --resume"
+
+{
+    echo "python vbon.py --N 16 --episodes 61440 --resume --out $out/vbon-long-seed0"
+    for s in 0 1 2; do
+        echo "python vbon.py --N 16 $short --seed $s --out $out/vbon-seed$s"
+        echo "python vbon.py --N 16 $short --critic-every 0 --lam 0.95 --seed $s --out $out/vbon-head-seed$s"
+    done
+    for s in 0 1 2; do
+        echo "python vbon.py --objective rlhf --beta 0.03 $short --seed $s --out $out/rlhf-beta0.03-seed$s"
+    done
+    echo "python bon_baselines.py bon --N 16 --out $out/bon-seed0"
+    echo "python bon_baselines.py bon-sft --N 16 $short --out $out/bon-sft-seed0"
+    echo "python bon_baselines.py dpo --beta 0.1 $short --out $out/dpo-seed0"
+    echo "python bon_baselines.py bonbon --N 16 $short --out $out/bonbon-seed0"
+} | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 256 "$@"
+
+python evaluate.py $out/* --figures figures/imdb-near --csv results/imdb-near.csv | tee results/imdb-near.txt
+python evaluate.py $out/vbon-* $out/rlhf-* --figures figures/imdb-near --curves
