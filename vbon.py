@@ -227,7 +227,9 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
       "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
       "bound"   (N−1) log F                a lower bound of it, L                       (Thm. 2, Eq. 8)
       "bound1"  γ log F + (β−1) log p      a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
-    log_F, log_p, N as in `log_bon_pmf`. Raises ValueError where N < 1 or for another objective.
+    log_F, log_p, N as in `log_bon_pmf`. Where log p < −30 "vbon" is "bound" + log(N)/N to 1e-12: a trainer
+    that subtracts a baseline may take "bound" and log_p = 0. Raises ValueError where N < 1 or for another
+    objective.
     """
     log_F, log_p, N = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.double)
                        for x in (log_F, log_p, N))
