@@ -9,7 +9,7 @@
     python bon_baselines.py --help
 
 The fifth, PPO on the reward itself, is `python vbon.py --objective rlhf`. All flags of vbon.py go here too,
-so that one line of them serves every method; those of PPO's loop have no effect.
+so that one line of them serves every method; those of PPO's loop have no effect on training.
 
 The losses come first and are pure functions of tensors. They take log-probabilities of whole responses, in
 nats: summed over the tokens, EOS included and prompt not. All methods learn from the scored samples of π_ref
@@ -115,7 +115,7 @@ PPO_ONLY = ("estimator", "rollouts", "ppo_epochs", "critic_every", "lam", "clip"
 @dataclass
 class Args(vbon.Args):
     objective: str = flag(None, "the method", METHODS)
-    N: number = flag(None, "the N of Best-of-N, a whole number; dpo has none, but toy measures its distance")
+    N: number = flag(None, "the N of Best-of-N, a whole number; dpo's distance is measured to it")
     M: int = flag(200, "samples of π_ref per training prompt to learn from; more where N asks for more")
     beta: float = flag(None, "dpo: how close the policy is held to π_ref")
     alpha: float = flag(None, "bonbon: weight of the likelihood; default: both terms weigh the same")
@@ -271,22 +271,22 @@ def sample_best(task, ref_rewards, args):
     """The best of N new samples of π_ref, test_responses times to each test prompt, and log π_bon − log π_ref
     of it: two lists. The mean of the second is the KL. log F̂ is E[log F | k] for F ~ Beta(N, 1)."""
     generator, N, M = torch.Generator(args.device).manual_seed(args.seed), int(args.N), args.test_M
-    responses, kls, prompts = [], [], [p for p in task.test_prompts for _ in range(args.test_responses)]
-    for prompt in tqdm(prompts, desc=f"Best-of-{N}"):
+    responses, kls, R = [], [], args.test_responses
+    for prompt in tqdm(task.test_prompts, desc=f"Best-of-{N}"):
         texts, log_p = [], []
-        uniforms = torch.rand(N, args.max_new_tokens, generator=generator, device=args.device)
+        uniforms = torch.rand(R * N, args.max_new_tokens, generator=generator, device=args.device)
         for rows in uniforms.split(512):
             with vbon.autocast(args):
                 batch = vbon.generate(task.ref, [task.encode(prompt)], rows, task.tokenizer.eos_token_id,
                                       args.temperature)
             texts += vbon.decode(task, [prompt] * len(rows), vbon.token_lists(batch))
             log_p += batch.log_probs.double().sum(1).tolist()
-        rewards = torch.tensor(vbon.checked_scores(task, [prompt] * N, texts), dtype=torch.double)
-        best = best_of_n(rewards).item()
-        k = (ref_rewards["test", prompt] < rewards[best]).sum()
-        log_F = torch.digamma(k + N) - torch.digamma(torch.tensor(M + N + 1.0))
-        responses.append(texts[best])
-        kls.append(N * vbon.vbon_reward(log_F, log_p[best], N).item())
+        rewards = torch.tensor(vbon.checked_scores(task, [prompt] * R * N, texts), dtype=torch.double)
+        best = best_of_n(rewards.view(R, N)) + N * torch.arange(R)
+        k = vbon.ranks(rewards[best], ref_rewards["test", prompt])
+        log_F = torch.digamma(k + N) - torch.digamma(torch.full_like(k, M + N + 1))
+        responses += [texts[i] for i in best]
+        kls += (N * vbon.vbon_reward(log_F, torch.tensor(log_p, dtype=torch.double)[best], N)).tolist()
     return responses, kls
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Judges finished runs of vbon.py and bon_baselines.py, and draws the paper's figures.
 
-    python evaluate.py runs/*                                 # a table: reward, win rate, KL, by method
+    python evaluate.py runs/*                                 # a table: reward, win rate, KL, effective N, …
+    python evaluate.py runs/* --curves --figures DIR          # the distance to Best-of-N in training
     python evaluate.py runs/* --csv all.csv --figures DIR     # … every run as a row, and the figures
     python evaluate.py runs/* --responses 3                   # … the responses to three prompts (Table 2)
     python evaluate.py runs/* --temperatures .25 .5 1         # draws anew at other temperatures (Figure 5)
@@ -33,8 +34,9 @@ METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PP
            "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bon": "BoN"}
 METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_bon": "KL to π_bon",
            "effective_N": "effective N", "excess_kl": "excess KL"}
-PARTS = {"": "", "exact/": "exact ", "in/": "in-distribution ", "out/": "other "}
-COLUMNS = {part + key: words + label for part, words in PARTS.items() for key, label in METRICS.items()}
+PARTS = {"": "", "exact/": "exact ", "in/": "in-distribution ", "out/": "out-of-distribution "}
+COLUMNS = {part + key: words + label for part, words in PARTS.items() for key, label in METRICS.items()
+           if part in ("", "exact/") or key in ("reward", "win_rate")}
 
 # Settings that say where and how a run was made, not what it is.
 PLACES = (*vbon.PLACES, "samples", "backend")
@@ -76,7 +78,8 @@ def group_seeds(runs):
     groups = {}
     for run in sorted(runs, key=order):
         name, ignored = name_of(run), {"seed", "data_seed", *PLACES}
-        if run["method"] in ("PPO", "BoN"):  # these know nothing of F
+        if run["method"] == "BoN" or run["method"] == "PPO" and not run["config"].get("critic_every"):
+            # These know nothing of F.
             ignored |= {"M", "estimator"}
         else:
             name += f", M = {run['config']['M']}"
@@ -242,7 +245,7 @@ def evaluate_anew(run, temperature, reward=None, judge_id="own"):
     if reward:
         judged += f", judge {os.path.basename(os.path.normpath(reward))}"
     place = hashlib.sha256(judge_id.encode()).hexdigest()[:8]
-    return run | cached(run, f"eval-T{temperature:g}-{place}", compute) | {"judged": judged}
+    return run | cached(run, f"eval2-T{temperature:g}-{place}", compute) | {"judged": judged}
 
 
 def judge_anew(runs, temperatures, reward):
@@ -331,7 +334,7 @@ def plot_excess(path, title, runs):
     with picture(path, title, 1) as (axes,):
         for method in METHODS.values():
             own = [run["result"] for run in runs if run["method"] == method]
-            part = "exact/" if all("exact/reward" in r for r in own) else ""
+            part = "exact/" if all("exact/excess_kl" in r for r in own) else ""
             names = ("effective_N", "excess_kl", "effective_N_se", "excess_kl_se")
             columns = [[r.get(part + name) or 0 for r in own] for name in names]
             if own:
@@ -340,7 +343,7 @@ def plot_excess(path, title, runs):
                 axes.errorbar(N, excess, excess_error, N_error, mark, ms=5, lw=0.8, color=COLORS[method],
                               label=method)
         axes.axhline(0, color="black", lw=1, label="BoN, exact")
-        axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="excess over its KL, nats")
+        axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="KL above Best-of-N's, nats")
         axes.set_yscale("symlog", linthresh=0.1)
         low, high = (math.log2(N) for N in axes.get_xlim())
         ticks = [2 ** i for i in range(math.floor(low), math.ceil(high) + 1)]
@@ -371,7 +374,7 @@ def plot_curves(path, title, groups):
                 axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=name)
                 axes.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
             axes.set(xlabel="episodes", ylabel=METRICS[key])
-        panels[0].set_yscale("log")
+        panels[0].set_yscale("symlog", linthresh=0.1)  # an estimate may be below 0
 
 
 def plot_against(path, task, groups, key, xlabel):

@@ -174,15 +174,29 @@ def test_ranks_count_ties_half():
 
 
 def test_policy_log_F_reads_best_of_n_from_few_samples():
-    """N within 5 %, excess below 0.05, and standard errors that are true, at M = 32 and 200."""
+    """N within 5 % and excess below 0.05, at M = 32 and 200."""
     for M, N in itertools.product((32, 200), (1, 4, 16)):
         F = torch.rand(50, 2000, dtype=torch.double, generator=seeded()) ** (1 / N)
         k = (torch.rand(M, 50, 2000, generator=seeded(1)) < F).double().sum(0)
         every = torch.stack([vbon.policy_log_F(row, M) for row in k])
-        mean, errors = every.mean().item(), every.std(1) / math.sqrt(2000)
+        mean = every.mean().item()
         assert vbon.effective_N(mean) == pytest.approx(N, rel=0.05)
         assert vbon.excess_kl(vbon.bon_kl(N), mean) == pytest.approx(0, abs=0.05)
-        assert errors.mean().item() == pytest.approx(every.mean(1).std().item(), rel=0.4)
+
+
+def test_standard_errors_of_policy_log_F_are_true():
+    """400 estimates from 500 responses each, M = 32: without the stretch they would be 0.68 of the truth."""
+    F = torch.rand(400, 500, dtype=torch.double, generator=seeded()) ** (1 / 16)
+    k = (torch.rand(32, 400, 500, generator=seeded(1)) < F).double().sum(0)
+    every = torch.stack([vbon.policy_log_F(row, 32) for row in k])
+    errors = every.std(1) / math.sqrt(500)
+    assert errors.mean().item() == pytest.approx(every.mean(1).std().item(), rel=0.15)
+
+
+def test_policy_log_F_is_finite_where_the_samples_tell_nothing():
+    for k in (0.0, 32.0):
+        log_F = vbon.policy_log_F(torch.full((8,), k, dtype=torch.double), 32).mean().item()
+        assert 0.05 < vbon.effective_N(log_F) < 400
 
 
 def test_distance_to_bon_has_the_metrics_as_its_means():
@@ -372,10 +386,22 @@ def test_fit_values_learns_a_cubic_from_earlier_phases():
         u, truth, returns = phase(seed)
         before = moments.clone()
         values = vbon.fit_values(u, returns, mask, 2, moments)
-        close(values, truth, atol=0.2, rtol=0)
+        close(values, truth, atol=0.2, rtol=0.02)
         assert (values[~mask] == 0).all() and not same({"": before}, {"": moments})
         if seed > 10:  # a baseline must not know its own returns
             close(values, vbon.fit_values(u, 0 * returns, mask, 2, before))
+
+
+def test_fit_values_in_a_block_that_few_responses_reach():
+    sums = torch.zeros(2, 4, 5, dtype=torch.double)
+    u = torch.randn(64, 2, generator=seeded(), dtype=torch.double)
+    returns = 3 + 0.3 * torch.randn(64, 2, generator=seeded(1), dtype=torch.double)
+    mask = torch.tensor([[True, False]]).repeat(64, 1)
+    vbon.fit_values(u, returns, mask, 1, sums)
+    mask[:4] = True  # the second block is new in the second phase, and four responses have it
+    assert (vbon.fit_values(u, returns, mask, 1, sums)[mask] - 3).abs().max() < 2
+    u[:4, 1] = 2.8
+    assert (vbon.fit_values(u, returns, mask, 1, sums)[mask] - 3).abs().max() < 4
 
 
 def test_read_unfinished_ranks_the_text_so_far(toy):
@@ -385,6 +411,8 @@ def test_read_unfinished_ranks_the_text_so_far(toy):
     rollout = vbon.Rollout(None, None, tokens, mask)
     ref = doubles([[-1.0, 0.0, 0.5, 3.0], [9.0] * 4])
     u = vbon.read_unfinished(task, prompts, rollout, ref, 1)
+    every_other = vbon.read_unfinished(task, prompts, rollout, ref, 2)
+    close(every_other, torch.where(torch.arange(3) == 2, u, 0))
     k = [vbon.ranks(doubles([vbon.warmth(text)]), ref[0]).item() for text in ("very", "very superb")]
     normal = statistics.NormalDist()
     assert k == [1.5, 4]  # "very" alone has warmth 0, a tie
@@ -674,8 +702,6 @@ def test_toy_is_enumerated_exactly(toy):
     assert before["exact/kl_to_ref"] == 0 and before["exact/win_rate"] == pytest.approx(0.5, abs=1e-4)
     assert before["exact/kl_to_bon"] > 10
     assert world.metrics(world.log_bon)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
-    assert world.metrics(world.log_bon, N=16)["exact/kl_to_bon"] == pytest.approx(0, abs=1e-9)
-    assert world.metrics(world.log_bon, N=8)["exact/kl_to_bon"] > 0.1
 
 
 @pytest.mark.parametrize("objective", vbon.OBJECTIVES)
@@ -774,7 +800,7 @@ def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
 # --- killed, stopped, damaged -------------------------------------------------------------------------------
 
 
-SCRIPTS = [(vbon, ["--critic-every", "1"]), (bon_baselines, ["bonbon", "--N", "4"])]
+SCRIPTS = [(vbon, []), (vbon, ["--critic-every", "1"]), (bon_baselines, ["bonbon", "--N", "4"])]
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
@@ -993,10 +1019,9 @@ def test_the_fused_gelu_is_gpt2s_own(pieces):
     assert ours.config.activation_function == "gelu_new"  # what is saved stays as it was
 
 
-@pytest.mark.parametrize("objective", vbon.OBJECTIVES)
-def test_own_models_and_prompts(pieces, tmp_path, objective):
+@pytest.mark.parametrize("objective, critic", [*((o, 2) for o in vbon.OBJECTIVES), ("rlhf", 0)])
+def test_own_models_and_prompts(pieces, tmp_path, objective, critic):
     run, file = tmp_path / "run", tmp_path / "samples.jsonl"
-    critic = 0 if objective == "rlhf" else 2
     succeeded(call(*flags(own(pieces), objective=objective, critic_every=critic, out=run, samples=file)))
     result, samples, metrics = (read_json(run / "result.json"), read_lines(run / "samples.jsonl"),
                                 read_lines(run / "metrics.jsonl"))
@@ -1005,7 +1030,7 @@ def test_own_models_and_prompts(pieces, tmp_path, objective):
     stored = {(line["split"], prompt): (rewards, texts, tokens) for line in read_lines(file)[1:] for
               prompt, rewards, texts, tokens in
               zip(line["prompts"], line["rewards"], line["responses"], line["tokens"], strict=True)}
-    assert len(stored) == (2 if objective == "rlhf" else 8)
+    assert len(stored) == (2 if objective == "rlhf" and not critic else 8)
     for (split, prompt), columns in stored.items():
         assert [len(x) for x in columns] == [5 if split == "train" else 4] * 3
         assert prompt.startswith("Film number") and all(0 < len(tokens) <= 6 for tokens in columns[2])
@@ -1852,7 +1877,7 @@ def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch):
     argv = ["bon", "dpo", "--temperatures", "0.5", "1", "--reward", judge]
     out = evaluated(*argv, "--figures", "figures")
     assert "T = 0.5" in out and "judge reward" in out and Path("figures/imdb-temperatures.png").exists()
-    (path,) = Path("dpo").glob("eval-T1-*.json")
+    (path,) = Path("dpo").glob("eval2-T1-*.json")
     anew, before = read_json(path)["result"], read_json("dpo/result.json")
     assert anew["reward"] != before["reward"]
     assert anew["kl_to_ref"] == pytest.approx(before["kl_to_ref"], rel=1e-4)  # the same responses

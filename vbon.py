@@ -27,7 +27,7 @@ files and the command line. The mathematics and the losses are pure functions of
 
 Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
-values, where a head on the policy does; training the reward model.
+values, where the reward of the unfinished text or a head on the policy does; training the reward model.
 
 Logarithms are natural (nats). B is a batch of responses, T its tokens, V the vocabulary, H the width
 of a hidden state, P a number of prompts, L the tokens of a prompt, M π_ref's samples to it.
@@ -172,12 +172,14 @@ def policy_log_F(k, M):
 
     `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
     Under Best-of-a F is Beta(a, 1), and E[log F | k] = ψ(k+a) − ψ(M+a+1). The a taken here is the
-    `effective_N` of the mean that it gives: exact for every Best-of-N, near enough for what lies between.
+    `effective_N` of the mean that it gives: right for every Best-of-N, near enough for what lies between.
+    M samples tell no a above 10 M from others. Ties bias it: if a fifth of the rewards are one value, π_ref
+    has an effective N of 1.07.
     """
     a = 1.0
     for _ in range(200):
         log_F = torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
-        a = effective_N(log_F.mean())
+        a = effective_N(log_F.mean()).clamp(0.1, 10 * M)
     # A response that is better moves a too: stretched so, the responses have the standard error of the mean.
     slope = a ** 2 * (torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))).mean()
     return log_F.mean() + (log_F - log_F.mean()) / (1 - slope)
@@ -227,7 +229,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
       "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
       "bound"   (N−1) log F                a lower bound of it, L                       (Thm. 2, Eq. 8)
       "bound1"  γ log F + (β−1) log p      a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
-    log_F, log_p, N as in `log_bon_pmf`. Where log p < −30 "vbon" is "bound" + log(N)/N to 1e-12: a trainer
+    log_F, log_p, N as in `log_bon_pmf`. Where log p < −30 "vbon" is "bound" + log(N)/N to 1e-10: a trainer
     that subtracts a baseline may take "bound" and log_p = 0. Raises ValueError where N < 1 or for another
     objective.
     """
@@ -247,7 +249,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 
 # ========== 2. Settings =====================================================================================
 
-# Defaults of each task. toy's and imdb's training are ours, the rest is the paper's. Its training of imdb:
+# Defaults of each task. toy's and imdb's training are ours, the rest is the paper's. The paper trains imdb by
 #   --critic-every 0 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant
 RECIPES = {
     "toy": dict(
@@ -298,7 +300,7 @@ class Args:
     dataset: str = flag(None, "prompts: a hub name, folder or .jsonl file with `prompt`, or `text` to cut up")
     train_prompts: int = flag(None, "number of training prompts")
     test_prompts: int = flag(None, "number of test prompts")
-    test_M: int = flag(None, "samples of π_ref per test prompt, which win rates are measured against")
+    test_M: int = flag(None, "samples of π_ref per test prompt, which a policy is measured against")
     max_new_tokens: int = flag(None, "longest response, in tokens")
     test_responses: int = flag(8, "responses of π_θ per test prompt")
     temperature: float = flag(None, "sampling temperature, of π_ref, π_θ and so π_bon")
@@ -312,7 +314,7 @@ class Args:
                              "the paper's critic, a value head on the policy")
     lam: float = flag(None, "λ of generalized advantage estimation")
     clip: float = flag(0.2, "clip range of the policy ratio and of the values")
-    value_coef: float = flag(None, "weight of the value loss")
+    value_coef: float = flag(None, "weight of the value loss, which there is with --critic-every 0")
     reward_clip: float = flag(10.0, "terminal rewards are clipped to ± this (not bound1's, which hold log p)")
     lr: float = flag(None, "AdamW's learning rate")
     lr_schedule: str = flag(None, "constant, or linear decay to zero", ("constant", "linear"))
@@ -535,20 +537,21 @@ def read_unfinished(task, prompts, rollout, ref_rewards, every):
     return u
 
 
-def fit_values(u, returns, mask, every, moments, decay=15 / 16):
+def fit_values(u, returns, mask, every, sums, decay=15 / 16):
     """V (B, T), without learning a network: of each block of `every` tokens a cubic in u, fitted to returns.
 
     The least squares are those of earlier phases, as a baseline must not know the returns that it is taken
-    from; only the first phase is fitted to its own. moments (blocks, 4, 5) holds [XᵀX | Xᵀy] of X = 1, u, u²,
-    u³ with the weight of a phase falling by `decay` from each to the next. It is updated in place.
+    from; only a block that is new is fitted to its own. `sums` (blocks, 4, 5) holds [XᵀX | Xᵀy] of X = 1, u,
+    u², u³, each phase with `decay` times the weight of the next. It is updated in place.
     """
     x = torch.stack([torch.ones_like(u), u, u ** 2, u ** 3], -1)[:, ::every]
     y = torch.cat([x, returns[:, ::every, None]], -1)
     seen = sum(gathered(torch.einsum("bki,bkj->kij", x * mask[:, ::every, None], y)))
-    known = moments if moments.any() else seen
-    ridge = 0.01 * torch.eye(4, dtype=torch.double)
+    known = torch.where(sums[:, :1, :1] > 0, sums, seen)
+    # Few responses reach the last blocks, where a free cubic would be wild.
+    ridge = torch.diag(torch.tensor([0.01, 1.0, 4.0, 16.0], dtype=torch.double))
     fit = torch.linalg.solve(known[..., :4] + ridge, known[..., 4])
-    moments.mul_(decay).add_(seen)
+    sums.mul_(decay).add_(seen)
     values = torch.einsum("bki,ki->bk", x, fit).repeat_interleave(every, 1)[:, :u.shape[1]]
     return torch.where(mask, values, 0.0)
 
@@ -586,8 +589,8 @@ def terminal_reward(scores, log_F, log_p, args):
 def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
 
-    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or the moments
-    of `fit_values`. Returns the Rollout and metrics.
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or the sums of
+    `fit_values`. Returns the Rollout and metrics.
     """
     start, (B, T), K = time.perf_counter(), (len(prompts), args.max_new_tokens), args.unfrozen_layers
 
@@ -683,11 +686,11 @@ def train(args):
     task = setup(args)
     torch.manual_seed(args.seed)
     policy, critic = make_policy(task.ref, args.unfrozen_layers)
-    trained, moments = [*policy.parameters(), *critic.parameters()], None
+    trained, sums = [*policy.parameters(), *critic.parameters()], None
     if args.critic_every:
         blocks = math.ceil(args.max_new_tokens / args.critic_every)
-        trained, critic = policy.parameters(), torch.zeros(blocks, 4, 5, dtype=torch.double)
-        moments = critic
+        trained, sums = policy.parameters(), torch.zeros(blocks, 4, 5, dtype=torch.double)
+        critic = sums
     lock = hold_folder(args)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
@@ -698,7 +701,7 @@ def train(args):
 
     optimizer = make_optimizer(trained, args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
-    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, moments)
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, sums)
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
     with (open(metrics_file(args), "a", encoding="utf-8") as log,
           tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
@@ -720,7 +723,7 @@ def train(args):
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, task, phase + 1, optimizer, generator, moments)
+                save_checkpoint(args, task, phase + 1, optimizer, generator, sums)
             shown = {"reward": "reward", "KL to π_ref": "kl_to_ref", "KL to π_bon": "kl_to_bon"}
             bar.set_postfix({name: f"{metrics['objective/' + key]:.2f}" for name, key in shown.items()
                              if "objective/" + key in metrics}, refresh=False)
@@ -941,16 +944,15 @@ class ExactWorld:
             prefixes = torch.cat([prefixes.repeat_interleave(W, 0), words], 1)
         return torch.cat(ended + [log_p])
 
-    def metrics(self, log_pi, N=None):
-        """Exact distances, reward and win rate of log_pi (P, S), means over prompts. N: another one."""
-        log_bon = self.log_bon if N is None else log_bon_pmf(self.log_F, self.log_ref, N)
+    def metrics(self, log_pi):
+        """Exact distances, reward and win rate of log_pi (P, S), means over prompts."""
         pi, ref = log_pi.exp(), self.log_ref.exp()
 
         def kl(log_q):  # 0 log 0 = 0
             return torch.where(pi == 0, 0.0, pi * (log_pi - log_q)).sum(1).mean().item()
         beaten = self.log_F.exp() + ref / 2  # a tie counts half
         log_f, kl_to_ref = (pi * beaten.log()).sum(1).mean().item(), kl(self.log_ref)
-        return {"exact/kl_to_bon": kl(log_bon), "exact/kl_to_ref": kl_to_ref,
+        return {"exact/kl_to_bon": kl(self.log_bon), "exact/kl_to_ref": kl_to_ref,
                 "exact/effective_N": effective_N(log_f), "exact/excess_kl": excess_kl(kl_to_ref, log_f),
                 "exact/reward": (pi * self.rewards).sum(1).mean().item(),
                 "exact/win_rate": (pi * beaten).sum(1).mean().item()}
@@ -1757,7 +1759,7 @@ def save_results(args, task, world, metrics, samples, policy=None):
         world.show_responses("after: π_θ, one sample each", world.log_probs(policy))
         world.show_responses(f"the real Best-of-{args.N}", world.log_bon)
     else:
-        for s in samples[:4]:
+        for s in samples[::args.test_responses][:4]:
             print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
 
     def pm(key, scale=1, digits=3):
@@ -1777,18 +1779,18 @@ def save_results(args, task, world, metrics, samples, policy=None):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, task, done, optimizer, generator=None, moments=None):
+def save_checkpoint(args, task, done, optimizer, generator=None, sums=None):
     """All that a run needs to go on after `done` steps, of a line of metrics each: weights, their moments,
-    those of the critic, the random generator of each process. The rest follows from the seed."""
+    the critic's sums, the random generator of each process. The rest follows from the seed."""
     weights = [p.detach() for p in optimizer.param_groups[0]["params"]]
     state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
-             "generators": gathered(generator and generator.get_state()), "moments": moments}
+             "generators": gathered(generator and generator.get_state()), "sums": sums}
     if rank() == 0:
         torch.save(state, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def load_checkpoint(args, task, optimizer, generator=None, moments=None):
+def load_checkpoint(args, task, optimizer, generator=None, sums=None):
     """Goes back to the last checkpoint and cuts off later metrics. Returns how many steps were done."""
     path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
     if not (args.resume and os.path.exists(path)):
@@ -1806,8 +1808,8 @@ def load_checkpoint(args, task, optimizer, generator=None, moments=None):
             for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        if moments is not None:
-            moments.copy_(state["moments"])
+        if sums is not None:
+            sums.copy_(state["sums"])
         if generator:
             generator.set_state(state["generators"][rank()])
     write_whole(metrics, "".join(lines))
@@ -1839,10 +1841,9 @@ def check(args):
     inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
     inside("temperature clip", 1e-3, 1e3)
     inside("lr adam_eps reward_clip", 1e-30, 1e30)
-    inside("beta value_coef save_every", 0, 1e9)
+    inside("beta value_coef critic_every save_every", 0, 1e9)
     inside("no_eos_reward", -1e30, 1e30)
     inside("lam", 0, 1)
-    inside("critic_every", 0, args.max_new_tokens)
     inside("seed data_seed", 0, 2 ** 62)
     need(args.estimator != "smooth" or args.M >= 3, "--estimator smooth needs --M of at least 3")
     if args.task == "toy":
