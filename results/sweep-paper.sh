@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# App. F: every method at every strength, for results/toy-sweep.* and figures/toy-{pareto,bound,distance}.png.
+# App. F: every method at every strength, for results/toy-sweep.* and figures/toy-{pareto,bound,excess}.png.
 # 206 runs, about two hours of one core. Arguments are added to every run.
 #
 #   results/sweep-paper.sh                                    # the toy, with short runs
