@@ -345,6 +345,7 @@ def plot_excess(path, title, runs):
         axes.axhline(0, color="black", lw=1, label="BoN, exact")
         axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="KL above Best-of-N's, nats")
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(-0.05, 1.5 * axes.get_ylim()[1])
         low, high = (math.log2(N) for N in axes.get_xlim())
         ticks = [2 ** i for i in range(math.floor(low), math.ceil(high) + 1)]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
