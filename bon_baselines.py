@@ -269,9 +269,9 @@ def run_bon(args):
 @torch.no_grad()
 def sample_best(task, ref_rewards, args):
     """The best of N new samples of π_ref, test_responses times to each test prompt, and log π_bon − log π_ref
-    of it: two lists. The mean of the second is the KL. log F̂ is E[log F | k] for F ~ Beta(N, 1)."""
-    generator, N, M = torch.Generator(args.device).manual_seed(args.seed), int(args.N), args.test_M
-    responses, kls, R = [], [], args.test_responses
+    of it: two lists. The mean of the second is the KL."""
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    responses, kls, N, R = [], [], int(args.N), args.test_responses
     for prompt in tqdm(task.test_prompts, desc=f"Best-of-{N}"):
         texts, log_p = [], []
         uniforms = torch.rand(R * N, args.max_new_tokens, generator=generator, device=args.device)
@@ -284,7 +284,7 @@ def sample_best(task, ref_rewards, args):
         rewards = torch.tensor(vbon.checked_scores(task, [prompt] * R * N, texts), dtype=torch.double)
         best = best_of_n(rewards.view(R, N)) + N * torch.arange(R)
         k = vbon.ranks(rewards[best], ref_rewards["test", prompt])
-        log_F = torch.digamma(k + N) - torch.digamma(torch.full_like(k, M + N + 1))
+        log_F = vbon.posterior_log_F(k, args.test_M, N)
         responses += [texts[i] for i in best]
         kls += (N * vbon.vbon_reward(log_F, torch.tensor(log_p, dtype=torch.double)[best], N)).tolist()
     return responses, kls

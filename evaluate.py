@@ -104,10 +104,17 @@ def mean_and_error(runs, key):
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def point(run, value):
-    """(KL to π_ref, value) of a run, exact where the toy knows it."""
+def measured(run, key):
+    """(value, standard error) of a metric of a run: exact, without an error, where the toy knows it."""
     result = run["result"]
-    return result.get("exact/kl_to_ref", result["kl_to_ref"]), result.get("exact/" + value, result[value])
+    if "exact/" + key in result:
+        return result["exact/" + key], None
+    return result[key], result.get(key + "_se")
+
+
+def point(run, value):
+    """(KL to π_ref, value) of a run."""
+    return measured(run, "kl_to_ref")[0], measured(run, value)[0]
 
 
 def pareto_front(points):
@@ -245,6 +252,7 @@ def evaluate_anew(run, temperature, reward=None, judge_id="own"):
     if reward:
         judged += f", judge {os.path.basename(os.path.normpath(reward))}"
     place = hashlib.sha256(judge_id.encode()).hexdigest()[:8]
+    # "2": older files know nothing of the distance to Best-of-N.
     return run | cached(run, f"eval2-T{temperature:g}-{place}", compute) | {"judged": judged}
 
 
@@ -295,6 +303,11 @@ def plot_closed_forms(axes):
     axes.plot(kls, win_rates, color="black", lw=1, label="BoN, closed forms")
 
 
+def mark_of(method):
+    """errorbar's style for the runs of a method."""
+    return {"fmt": "x" if method == "BoN" else "o", "color": COLORS[method], "ms": 5, "lw": 0.8}
+
+
 def scatter(axes, runs, value):
     """A point for each run, faded off its method's own front, with error bars where the metric is estimated.
     The legend tells each method's share of the front of all."""
@@ -302,11 +315,10 @@ def scatter(axes, runs, value):
     for method in METHODS.values():
         own = [run for run in runs if run["method"] == method]
         points = [point(run, value) for run in own]
-        style = {"fmt": "x" if method == "BoN" else "o", "color": COLORS[method], "ms": 5, "lw": 0.8}
-        for run, (x, y), on_front in zip(own, points, pareto_front(points).tolist()):
-            is_exact, result = "exact/" + value in run["result"], run["result"]
-            errors = (None, None) if is_exact else (result.get(value + "_se"), result.get("kl_to_ref_se"))
-            axes.errorbar(x, y, *errors, **style, alpha=1 if on_front else 0.25)
+        style = mark_of(method)
+        for run, on_front in zip(own, pareto_front(points).tolist()):
+            (x, x_error), (y, y_error) = measured(run, "kl_to_ref"), measured(run, value)
+            axes.errorbar(x, y, y_error, x_error, **style, alpha=1 if on_front else 0.25)
         if own:
             share = f" ({100 * shares[method]:.0f} % of the front)" if method in shares else ""
             axes.errorbar([], [], **style, label=method + share)
@@ -321,8 +333,8 @@ def plot_front(path, title, runs):
         plot_closed_forms(left)
         scatter(right, runs, "reward")
         # The reward has no closed form: a line through what was measured.
-        measured = sorted(point(run, "reward") for run in runs if run["method"] == "BoN")
-        right.plot([x for x, _ in measured], [y for _, y in measured], color="black", lw=1)
+        line = sorted(point(run, "reward") for run in runs if run["method"] == "BoN")
+        right.plot([x for x, _ in line], [y for _, y in line], color="black", lw=1)
         left.set_ylabel("win rate over π_ref")
         right.set_ylabel("mean reward")
         kl_axis(left)
@@ -333,15 +345,12 @@ def plot_excess(path, title, runs):
     """What each policy pays above the least price of acting like the Best-of-N nearest to it."""
     with picture(path, title, 1) as (axes,):
         for method in METHODS.values():
-            own = [run["result"] for run in runs if run["method"] == method]
-            part = "exact/" if all("exact/excess_kl" in r for r in own) else ""
-            names = ("effective_N", "excess_kl", "effective_N_se", "excess_kl_se")
-            columns = [[r.get(part + name) or 0 for r in own] for name in names]
+            own = [run for run in runs if run["method"] == method]
+            for run in own:
+                (x, x_error), (y, y_error) = measured(run, "effective_N"), measured(run, "excess_kl")
+                axes.errorbar(x, y, y_error, x_error, **mark_of(method))
             if own:
-                N, excess, N_error, excess_error = columns
-                mark = "x" if method == "BoN" else "o"
-                axes.errorbar(N, excess, excess_error, N_error, mark, ms=5, lw=0.8, color=COLORS[method],
-                              label=method)
+                axes.errorbar([], [], **mark_of(method), label=method)
         axes.axhline(0, color="black", lw=1, label="BoN, exact")
         axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="KL above Best-of-N's, nats")
         axes.set_yscale("symlog", linthresh=0.1)
@@ -375,7 +384,10 @@ def plot_curves(path, title, groups):
                 axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=name)
                 axes.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
             axes.set(xlabel="episodes", ylabel=METRICS[key])
-        panels[0].set_yscale("symlog", linthresh=0.1)  # an estimate may be below 0
+        panels[0].set_yscale("symlog", linthresh=0.01)  # an estimate may be below 0
+        low, high = panels[0].get_ylim()
+        ticks = [t for t in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low <= t <= high]
+        panels[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
 
 
 def plot_against(path, task, groups, key, xlabel):
@@ -531,8 +543,8 @@ def draw_figures(start, task, runs, groups, options):
         plot_against(f"{start}-{name}.png", task, groups, key, label)
     elif options.curves:
         drawn = [(name, members) for name, members in groups if all(curve(r, "kl_to_bon") for r in members)]
-        measured = "toy, exact" if task == "toy" else f"{task}, running means of the rollouts"
-        plot_curves(f"{start}.png", f"{measured}: mean and range over seeds", drawn)
+        what = "toy, exact" if task == "toy" else f"{task}, running means of the rollouts"
+        plot_curves(f"{start}.png", f"{what}: mean and range over seeds", drawn)
     else:
         plot_front(f"{start}-pareto.png", f"{task}: a point is a run, faded if off its method's front", runs)
         bounds = [run for run in runs if run["method"] in ("vBoN", "L bound", "L1 bound")]

@@ -132,7 +132,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     nats. With k = #{m : r'_m < r}:
       "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
       "add_one"    log((k+1)/(M+1))  the authors' code. always finite, and so the default
-      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref: then F | k ~ Beta(k+1, M−k+1)
+      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref (`posterior_log_F`)
     Only ranks enter: an increasing map of all rewards changes nothing. To break ties by a total order
     (App. C), pass ranks of (reward, order). Raises ValueError for M = 0, a NaN or another estimator.
     """
@@ -155,8 +155,16 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     if estimator == "add_one":
         return torch.log((k + 1) / (M + 1))
     if estimator == "posterior":
-        return torch.digamma(k + 1) - torch.digamma(torch.full_like(k, M + 2))
+        return posterior_log_F(k, M)
     raise ValueError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
+
+
+def posterior_log_F(k, M, a=1):
+    """E[log F(y) | k of M samples of π_ref lie below y] = ψ(k+a) − ψ(M+a+1), for y drawn by Best-of-a.
+
+    Then F ~ Beta(a, 1), and F | k ~ Beta(k+a, M−k+1). k: (...), float64. Returns (...), nats.
+    """
+    return torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
 
 
 def ranks(rewards, ref_rewards):
@@ -171,14 +179,13 @@ def policy_log_F(k, M):
     """log F̂ of a policy's responses, for their mean: ranks k (...) among M samples -> (...), float64, nats.
 
     `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
-    Under Best-of-a F is Beta(a, 1), and E[log F | k] = ψ(k+a) − ψ(M+a+1). The a taken here is the
-    `effective_N` of the mean that it gives: right for every Best-of-N, near enough for what lies between.
-    M samples tell no a above 10 M from others. Ties bias it: if a fifth of the rewards are one value, π_ref
-    has an effective N of 1.07.
+    Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives: right for every
+    Best-of-N, near enough for what lies between. M samples tell no a above 10 M from others. Ties bias it: if
+    a fifth of the rewards are one value, π_ref has an effective N of 1.07.
     """
     a = 1.0
     for _ in range(200):
-        log_F = torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
+        log_F = posterior_log_F(k, M, a)
         a = effective_N(log_F.mean()).clamp(0.1, 10 * M)
     # A response that is better moves a too: stretched so, the responses have the standard error of the mean.
     slope = a ** 2 * (torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))).mean()
@@ -686,11 +693,10 @@ def train(args):
     task = setup(args)
     torch.manual_seed(args.seed)
     policy, critic = make_policy(task.ref, args.unfrozen_layers)
-    trained, sums = [*policy.parameters(), *critic.parameters()], None
-    if args.critic_every:
-        blocks = math.ceil(args.max_new_tokens / args.critic_every)
-        trained, sums = policy.parameters(), torch.zeros(blocks, 4, 5, dtype=torch.double)
-        critic = sums
+    trained, kept = [*policy.parameters(), *critic.parameters()], []
+    if args.critic_every:  # no network is trained for the values: the sums of `fit_values` are the critic
+        critic = torch.zeros(math.ceil(args.max_new_tokens / args.critic_every), 4, 5, dtype=torch.double)
+        trained, kept = policy.parameters(), [critic]
     lock = hold_folder(args)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
@@ -701,7 +707,7 @@ def train(args):
 
     optimizer = make_optimizer(trained, args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
-    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, sums)
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, kept)
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
     with (open(metrics_file(args), "a", encoding="utf-8") as log,
           tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
@@ -723,7 +729,7 @@ def train(args):
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, task, phase + 1, optimizer, generator, sums)
+                save_checkpoint(args, task, phase + 1, optimizer, generator, kept)
             shown = {"reward": "reward", "KL to π_ref": "kl_to_ref", "KL to π_bon": "kl_to_bon"}
             bar.set_postfix({name: f"{metrics['objective/' + key]:.2f}" for name, key in shown.items()
                              if "objective/" + key in metrics}, refresh=False)
@@ -801,10 +807,10 @@ def test_metrics(task, responses, kls, ref_rewards, args):
             columns = {"reward": scores[rows], "win_rate": k[rows] / M, "kl_to_ref": kl[rows],
                        **distance_to_bon(kl[rows], k[rows], M, args.N), "ref/reward": ref[rows]}
             for name, x in columns.items():
-                metrics[part + name] = x.mean().item()
-                error = x.mean(1).std() / math.sqrt(len(x)) if len(x) > 1 else None
-                metrics[part + name + "_se"] = None if error is None else error.item()
-    means = [ref_rewards["test", p].mean().item() for p in repeated]
+                y = x.mean(1)
+                metrics[part + name] = y.mean().item()
+                metrics[part + name + "_se"] = (y.std() / math.sqrt(len(y))).item() if len(y) > 1 else None
+    means = ref.mean(1).repeat_interleave(scores.shape[1]).tolist()
     keys = ("prompt", "response", "reward", "kl_to_ref", "ref_reward")
     return metrics, [dict(zip(keys, row)) for row in zip(repeated, responses, rewards, kls, means)]
 
@@ -1779,18 +1785,18 @@ def save_results(args, task, world, metrics, samples, policy=None):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, task, done, optimizer, generator=None, sums=None):
+def save_checkpoint(args, task, done, optimizer, generator=None, kept=()):
     """All that a run needs to go on after `done` steps, of a line of metrics each: weights, their moments,
-    the critic's sums, the random generator of each process. The rest follows from the seed."""
-    weights = [p.detach() for p in optimizer.param_groups[0]["params"]]
+    `kept` tensors, the random generator of each process. The rest follows from the seed."""
+    weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *kept)]
     state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
-             "generators": gathered(generator and generator.get_state()), "sums": sums}
+             "generators": gathered(generator and generator.get_state())}
     if rank() == 0:
         torch.save(state, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def load_checkpoint(args, task, optimizer, generator=None, sums=None):
+def load_checkpoint(args, task, optimizer, generator=None, kept=()):
     """Goes back to the last checkpoint and cuts off later metrics. Returns how many steps were done."""
     path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
     if not (args.resume and os.path.exists(path)):
@@ -1805,11 +1811,9 @@ def load_checkpoint(args, task, optimizer, generator=None, sums=None):
         need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref than {args.ref}")
         need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
         with torch.no_grad():
-            for p, saved in zip(optimizer.param_groups[0]["params"], state["weights"]):
+            for p, saved in zip((*optimizer.param_groups[0]["params"], *kept), state["weights"], strict=True):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        if sums is not None:
-            sums.copy_(state["sums"])
         if generator:
             generator.set_state(state["generators"][rank()])
     write_whole(metrics, "".join(lines))
