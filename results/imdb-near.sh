@@ -2,7 +2,7 @@
 # imdb with small models: how near to Best-of-16 each method comes, for results/imdb-near.* and
 # figures/imdb-near/. vBoN with the critic that reads the unfinished text and with the paper's, PPO on the
 # reward, the baselines, Best-of-16 itself, and one long run.
-# 13 runs of 5 to 12 minutes of one core, and one of an hour. Arguments are added to every run.
+# 14 runs, 3.3 hours of one core, of which one run takes an hour. Arguments are added to every run.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR results/imdb-near.sh
 set -eo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The toy at full length, for results/toy.txt, results/toy.csv and figures/toy.png: vBoN at two M and two N,
 # several seeds of prompts and training, and PPO on the reward at three β.
-# 16 runs of about two minutes of one core. Arguments are added to every run.
+# 16 runs of about a minute of one core. Arguments are added to every run.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 out=sweeps/toy
