@@ -241,7 +241,7 @@ def test_rewards_vanish_at_N_1_and_there_is_none_below():
 def test_terminal_rewards_tell_responses_apart(objective):
     """Also after the clip, for log-probabilities as long responses have them."""
     scores, log_F, log_p = doubles([0.2, 0.5, 0.9], [-2.0, -1.0, -0.1], [-180.0] * 3)
-    rewards, _ = vbon.terminal_reward(scores, log_F, log_p, vbon.Args(objective=objective, out="unused"))
+    rewards = vbon.terminal_reward(scores, log_F, log_p, vbon.Args(objective=objective, out="unused"))
     assert rewards[0] < rewards[1] < rewards[2]
 
 
@@ -369,6 +369,37 @@ def test_gae_by_hand():
         torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
         white = vbon.whiten(torch.tensor([[1.0, 4.0, 1.0, beyond]]), mask)
         torch.testing.assert_close(white, torch.tensor([[-1.0, 2.0, -1.0, 0.0]]) / math.sqrt(2))
+
+
+def test_block_earnings_by_hand():
+    rewards, values = doubles([[1.0, 2, 4, 8, 16]] * 2, [[0.0, 0, 10, 10, 30]] * 2)
+    mask = torch.arange(5) < torch.tensor([[5], [4]])
+    earned = vbon.block_earnings(rewards, values, mask, 2)
+    # The values rise from 0 to 10, to 30, and fall to 0 behind the last token; or end after 10.
+    close(torch.where(mask, earned, 0.0), doubles([[13.0, 13, 32, 32, -14], [13, 13, 2, 2, 0]]))
+
+
+def test_step_token_bias_moves_each_logit_by_what_its_token_earned():
+    """Everywhere alike behind a LayerNorm; a token that was never drawn stays."""
+    norm, V, share, kl_coef = torch.nn.LayerNorm(8), 11, 0.25, 0.1
+    norm.weight.data.uniform_(0.5, 2, generator=seeded())
+    norm.bias.data.normal_(generator=seeded(1))
+    output = torch.nn.Linear(8, V, bias=False)
+    hidden = norm(torch.randn(400, 8, generator=seeded(2))).detach()
+    counts, mean_counts = torch.zeros(V, dtype=torch.double), torch.zeros(V)
+    for phase in range(3):
+        rollout = vbon.Rollout(
+            None, None, tokens=torch.randint(V - 1, (6, 5), generator=seeded(3 + phase)),
+            mask=torch.rand(6, 5, generator=seeded(4 + phase)) < 0.8,
+            earned=torch.randn(6, 5, generator=seeded(5 + phase)))
+        earned = [rollout.earned[(rollout.tokens == a) & rollout.mask] for a in range(V)]
+        number = torch.tensor([len(x) for x in earned])
+        mean_counts = number if phase == 0 else (1 - share) * mean_counts + share * number
+        step = torch.stack([x.sum() for x in earned]) / kl_coef / (mean_counts / share + 20)
+        before = output(hidden).detach()
+        vbon.step_token_bias(output, hidden, rollout, counts, share, kl_coef)
+        assert step[-1] == 0 and (step != 0).sum() > 5
+        close(output(hidden) - before, step.expand(400, V), atol=1e-3)
 
 
 def test_fit_values_learns_a_cubic_from_earlier_phases():
@@ -713,7 +744,7 @@ def test_what_training_aims_at_is_the_optimum(toy, objective):
     ref_rewards = {("train", p): world.rewards[torch.from_numpy(generator.choice(
         len(row), M, p=(row.exp() / row.exp().sum()).numpy()))] for p, row in zip(world.texts, world.log_ref)}
     log_F = torch.stack([vbon.log_F_of(world.rewards, ref_rewards["train", p], args) for p in world.texts])
-    reward, c = vbon.terminal_reward(world.rewards, log_F, world.log_ref, args)
+    reward, c = vbon.terminal_reward(world.rewards, log_F, world.log_ref, args), args.kl_coef
 
     def value(log_pi):
         return (log_pi.exp() * (reward - c * (log_pi - world.log_ref))).sum(1)
@@ -1036,6 +1067,12 @@ def test_own_models_and_prompts(pieces, tmp_path, objective, critic):
         assert prompt.startswith("Film number") and all(0 < len(tokens) <= 6 for tokens in columns[2])
     # π_θ is π_ref at first, by decoding and by a pass over the shared trunk.
     assert metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)
+    # The bias of tokens is saved, in an output layer that the embeddings no longer share.
+    from transformers import AutoModelForCausalLM
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy")
+    ref = AutoModelForCausalLM.from_pretrained(pieces / "ref")
+    assert torch.equal(policy.get_input_embeddings().weight, ref.get_input_embeddings().weight)
+    assert (policy.get_output_embeddings().weight != ref.get_output_embeddings().weight).any()
 
 
 def test_bfloat16(pieces, tmp_path):

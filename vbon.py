@@ -257,20 +257,21 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 # ========== 2. Settings =====================================================================================
 
 # Defaults of each task. toy's and imdb's training are ours, the rest is the paper's. The paper trains imdb by
-#   --critic-every 0 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant
+#   --critic-every 0 --token-step 0 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant
 RECIPES = {
     "toy": dict(
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
         train_prompts=4, test_prompts=512, test_M=10_000,
         episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, critic_every=0, lam=1.0,
-        value_coef=1.0, lr=1e-3, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=-1, sample_batch=512,
-        save_every=20),
+        value_coef=1.0, lr=1e-3, lr_schedule="linear", adam_eps=1e-8, token_step=0.0, unfrozen_layers=-1,
+        sample_batch=512, save_every=20),
     "imdb": dict(
         ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
         train_prompts=5000, test_prompts=512, test_M=200,
         episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=1, critic_every=2, lam=0.8, value_coef=1.0,
-        lr=1.25e-4, lr_schedule="linear", adam_eps=1e-8, unfrozen_layers=2, sample_batch=512, save_every=25),
+        lr=1.25e-4, lr_schedule="linear", adam_eps=1e-8, token_step=1 / 16, unfrozen_layers=2,
+        sample_batch=512, save_every=25),
     "tldr": dict(
         ref="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
@@ -278,7 +279,8 @@ RECIPES = {
         N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
         train_prompts=5000, test_prompts=512, test_M=200,
         episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, critic_every=0, lam=0.95, value_coef=0.2,
-        lr=3e-6, lr_schedule="linear", adam_eps=1e-5, unfrozen_layers=2, sample_batch=64, save_every=25),
+        lr=3e-6, lr_schedule="linear", adam_eps=1e-5, token_step=0.0, unfrozen_layers=2, sample_batch=64,
+        save_every=25),
 }
 
 
@@ -326,6 +328,8 @@ class Args:
     lr: float = flag(None, "AdamW's learning rate")
     lr_schedule: str = flag(None, "constant, or linear decay to zero", ("constant", "linear"))
     adam_eps: float = flag(None, "AdamW's ε")
+    token_step: float = flag(None, "share of the natural gradient's whole step that the bias of each token "
+                             "takes in a phase; 0 for no bias")
     unfrozen_layers: int = flag(None, "train the top K layers and share the rest with π_ref; −1 trains all")
 
     seed: int = flag(0, "seed of training and of the final test")
@@ -360,6 +364,7 @@ class Args:
         if self.beta is None and self.N > 1:
             self.beta = 1 / (self.N - 1)
         need(self.objective != "rlhf" or self.beta is not None, "--objective rlhf needs --beta, or N above 1")
+        self.kl_coef = self.beta if self.objective == "rlhf" else 1 / self.N
         need(self.objective != "bound1" or self.estimator != "log_mean", "--estimator log_mean may be −inf, "
              "and bound1's rewards are not clipped: use another")
         if self.out is None:
@@ -382,6 +387,7 @@ class Rollout:
     trunk: Tensor = None       # (B, L+T−1, H) what enters the top K layers, if the layers below are frozen
     advantages: Tensor = None  # (B, T)
     returns: Tensor = None     # (B, T)
+    earned: Tensor = None      # (B, T) by `block_earnings`
 
     def __getitem__(self, rows):
         return Rollout(**{name: None if x is None else x[rows] for name, x in vars(self).items()})
@@ -563,6 +569,43 @@ def fit_values(u, returns, mask, every, sums, decay=15 / 16):
     return torch.where(mask, values, 0.0)
 
 
+def block_earnings(rewards, values, mask, size):
+    """What was earned in each token's block of `size` tokens: the rewards and the rise of the value. All
+    (B, T). Less noisy than an advantage, which reaches further, and as right as the values are."""
+    steps, _ = gae(rewards, values, mask, gamma=1.0, lam=0.0)
+    T = steps.shape[1]
+    blocks = nn.functional.pad(steps, (0, -T % size)).unflatten(1, (-1, size)).sum(2)
+    return blocks.repeat_interleave(size, 1)[:, :T]
+
+
+@torch.no_grad()
+def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
+    """A step of the natural gradient for a bias of the logits, one number b_a for each token a.
+
+    The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
+    these places: b_a moves by a `share` of the quotient over kl_coef, which would be the whole step to the
+    optimum. Plain gradients follow the frequent words: on stored samples this direction gains fifty times
+    as much reward for its KL. A word seen less than share·prior times in a phase moves less, for what it
+    earned is mostly noise.
+
+    counts (V,): the running mean of how often each token is drawn in a phase, zeros at first, updated in
+    place. hidden (n, H): what the output layer is given. The bias goes into its weight, as b vᵀ with
+    hidden·v ≈ 1: exactly so behind a LayerNorm, whose outputs lie in a plane.
+    """
+    tokens, earned = rollout.tokens[rollout.mask].cpu(), rollout.earned[rollout.mask].cpu().double()
+    seen = torch.zeros(2, len(counts), dtype=torch.double)
+    seen[0].index_add_(0, tokens, earned)
+    seen[1].index_add_(0, tokens, torch.ones_like(earned))
+    total, number = sum(gathered(seen))
+    counts.lerp_(number, share if counts.any() else 1.0)
+    step = total / kl_coef / (counts / share + prior)
+
+    hidden = hidden.cpu().double()
+    gram, mean = (sum(gathered(x)) for x in (hidden.T @ hidden, hidden.sum(0)))
+    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
+    output.weight.add_(torch.outer(step, torch.linalg.solve(gram + ridge, mean)).to(output.weight))
+
+
 def response_log_probs(lm, batch, temperature, K=-1):
     """log π(y_t | x, y_<t) of the response's tokens, nats, (B, T); hidden states, (B, T, H); the trunk.
     With a trunk in the batch, only the top K layers run."""
@@ -583,13 +626,10 @@ def log_F_of(scores, ref_rewards, args):
 
 
 def terminal_reward(scores, log_F, log_p, args):
-    """The objective's terminal reward, clipped, and the coefficient of its KL penalty per token."""
-    if args.objective == "rlhf":
-        reward, kl_coef = scores, args.beta
-    else:
-        reward, kl_coef = vbon_reward(log_F, log_p, args.N, args.objective), 1 / args.N
+    """The objective's terminal reward, clipped. args.kl_coef is what its KL penalty is multiplied by."""
+    reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
     limit = math.inf if args.objective == "bound1" else args.reward_clip  # bound1's log p is always large
-    return reward.clamp(-limit, limit), kl_coef
+    return reward.clamp(-limit, limit)
 
 
 @torch.no_grad()
@@ -618,11 +658,11 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     # Score the texts and rank them among π_ref's samples: F̂. This is all that vBoN adds to PPO.
     scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
     log_F = log_F_of(scores, ref_rewards, args)
-    terminal, kl_coef = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
+    terminal = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
 
     # Reward: −kl_coef·(log π_θ − log π_ref) on every token, and the terminal reward on the last one.
     log_ratio = rollout.log_probs - ref_log_probs
-    rewards = -kl_coef * log_ratio
+    rewards = -args.kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal.to(rewards)
 
     # The values, where no head has given them; the advantages.
@@ -633,6 +673,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
         rollout.values = values.to(rewards)
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
+    rollout.earned = block_earnings(rewards, rollout.values, mask, args.critic_every or 1)
 
     metrics = rollout_metrics(rollout, log_ratio.sum(1).cpu().double(), scores, ref_rewards, args.N)
     return rollout, metrics | {
@@ -658,10 +699,11 @@ def rollout_metrics(rollout, kls, scores, ref_rewards, N):
     return metrics
 
 
-def update(policy, critic, optimizer, rollout, args, generator):
+def update(policy, critic, optimizer, rollout, args, generator, counts=None):
     """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
     start, B, losses, K = time.perf_counter(), len(rollout.tokens), [], args.unfrozen_layers
     for _ in range(args.ppo_epochs):
+        hidden_states = []
         order = torch.randperm(B, generator=generator, device=args.device)
         for rows in order.split(args.minibatch // processes()):
             batch = rollout[rows]
@@ -674,11 +716,16 @@ def update(policy, critic, optimizer, rollout, args, generator):
             (pg + args.value_coef * vf).backward()
             average_gradients(optimizer)
             optimizer.step()
+            hidden_states.append(hidden.detach()[batch.mask])
             with torch.no_grad():
                 log_ratio = torch.where(batch.mask, log_probs - batch.log_probs, 0.0)
                 kl = masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask)
                 clipped = masked_mean((torch.expm1(log_ratio).abs() > args.clip).float(), batch.mask)
                 losses.append(torch.stack([pg, vf, kl, clipped]))
+    if counts is not None:
+        share = args.token_step * optimizer.param_groups[0]["lr"] / args.lr
+        step_token_bias(policy.get_output_embeddings(), torch.cat(hidden_states), rollout, counts, share,
+                        args.kl_coef)
     check_weights(optimizer)
     pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
     return {"ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
@@ -692,11 +739,15 @@ def train(args):
     """Algorithm 1, from the first sample to the last test. Returns what it writes to result.json."""
     task = setup(args)
     torch.manual_seed(args.seed)
-    policy, critic = make_policy(task.ref, args.unfrozen_layers)
-    trained, kept = [*policy.parameters(), *critic.parameters()], []
+    policy, critic = make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
+    trained, kept, counts = [*policy.parameters(), *critic.parameters()], [], None
     if args.critic_every:  # no network is trained for the values: the sums of `fit_values` are the critic
         critic = torch.zeros(math.ceil(args.max_new_tokens / args.critic_every), 4, 5, dtype=torch.double)
         trained, kept = policy.parameters(), [critic]
+    if args.token_step:
+        output = policy.get_output_embeddings().weight
+        counts = torch.zeros(len(output), dtype=torch.double)
+        kept += [output, counts]
     lock = hold_folder(args)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
@@ -719,7 +770,7 @@ def train(args):
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
 
             rollout, metrics = collect(policy, critic, task, prompts, prompt_rewards, args, generator)
-            metrics |= update(policy, critic, optimizer, rollout, args, generator)
+            metrics |= update(policy, critic, optimizer, rollout, args, generator, counts)
             metrics["episode"] = (phase + 1) * args.rollouts
 
             if world and is_milestone(phase, phases):
@@ -969,8 +1020,8 @@ class ExactWorld:
         Its distance from π_bon is the price of the estimate, (N−1)/(4M) nats or so, or of another objective.
         """
         log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.texts])
-        reward, kl_coef = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
-        return (self.log_ref + reward / max(kl_coef, 1e-9)).log_softmax(1)
+        reward = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
+        return (self.log_ref + reward / max(self.args.kl_coef, 1e-9)).log_softmax(1)
 
     def report(self, policy, episode):
         """The exact metrics of a policy, shown above the progress bar."""
@@ -1407,7 +1458,7 @@ def write_line(path, header, line):
 #   (`with_fused_gelu`), and large tensors stand in large pages (`setup`).
 
 
-def make_policy(ref, K):
+def make_policy(ref, K, own_output=False):
     """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
 
     With K ≥ 1 only the top K layers and what stands behind them (the final norm) are trained; every other
@@ -1427,7 +1478,11 @@ def make_policy(ref, K):
         policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo already holds
         for p in policy.parameters():
             p.requires_grad_(id(p) not in shared)
-    width = ref.get_output_embeddings().weight.shape[1]
+    output = policy.get_output_embeddings()
+    if own_output:  # not shared with the embeddings, or with π_ref
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=K == -1)
+        policy.config.tie_word_embeddings = False
+    width = output.weight.shape[1]
     value_head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
     return policy, value_head.to(next(ref.parameters()).device)
 
