@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # imdb with small models: how near to Best-of-16 each method comes, for results/imdb-near.* and
-# figures/imdb-near/. vBoN with the critic that reads the unfinished text and with the paper's, PPO on the
-# reward, the baselines, Best-of-16 itself, and one long run.
-# 14 runs, 3.3 hours of one core, of which one run takes an hour. Arguments are added to every run.
+# figures/imdb-near/. vBoN and PPO on the reward as the recipe has them and without the bias of tokens, vBoN
+# with the paper's critic too, the baselines, Best-of-16 itself, and two long runs.
+# 21 runs, 5 hours of one core, of which one run takes an hour. Arguments are added to every run.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR results/imdb-near.sh
 set -eo pipefail
@@ -14,13 +14,18 @@ out=sweeps/imdb-near
 short="--episodes 10240 --resume"
 
 {
-    echo "python vbon.py --N 16 --episodes 61440 --resume --out $out/vbon-long-seed0"
+    echo "python vbon.py --N 16 --token-step 0 --episodes 61440 --resume --out $out/vbon-nobias-long-seed0"
+    echo "python vbon.py --N 16 --episodes 30720 --resume --out $out/vbon-long-seed0"
     for s in 0 1 2; do
-        echo "python vbon.py --N 16 $short --seed $s --out $out/vbon-seed$s"
-        echo "python vbon.py --N 16 $short --critic-every 0 --lam 0.95 --seed $s --out $out/vbon-head-seed$s"
+        vbon="python vbon.py --N 16 $short --seed $s --out $out"
+        echo "$vbon/vbon-seed$s"
+        echo "$vbon/vbon-nobias-seed$s --token-step 0"
+        echo "$vbon/vbon-head-seed$s --token-step 0 --critic-every 0 --lam 0.95"
     done
     for s in 0 1 2; do
-        echo "python vbon.py --objective rlhf --beta 0.03 $short --seed $s --out $out/rlhf-beta0.03-seed$s"
+        ppo="python vbon.py --objective rlhf --beta 0.03 $short --seed $s --out $out"
+        echo "$ppo/rlhf-beta0.03-seed$s"
+        echo "$ppo/rlhf-nobias-beta0.03-seed$s --token-step 0"
     done
     echo "python bon_baselines.py bon --N 16 --out $out/bon-seed0"
     echo "python bon_baselines.py bon-sft --N 16 $short --out $out/bon-sft-seed0"
