@@ -31,7 +31,7 @@ import vbon
 from vbon import bon_kl, bon_win_rate, need
 
 METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO",
-           "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bon": "BoN"}
+           "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bond": "BOND", "bon": "BoN"}
 METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_bon": "KL to π_bon",
            "effective_N": "effective N", "excess_kl": "excess KL"}
 PARTS = {"": "", "exact/": "exact ", "in/": "in-distribution ", "out/": "out-of-distribution "}
@@ -59,6 +59,8 @@ def read_run(folder):
 
 def strength(run):
     """(symbol, value) of what sets how far this run's method moves from π_ref."""
+    if run["method"] == "BOND":
+        return "steps", run["config"]["episodes"] // run["config"]["minibatch"]
     name, symbol = ("beta", "β") if run["method"] in ("PPO", "DPO") else ("N", "N")
     return symbol, run["config"][name]
 
@@ -78,7 +80,8 @@ def group_seeds(runs):
     groups = {}
     for run in sorted(runs, key=order):
         name, ignored = name_of(run), {"seed", "data_seed", *PLACES}
-        if run["method"] == "BoN" or run["method"] == "PPO" and not run["config"].get("critic_every"):
+        plain_ppo = run["method"] == "PPO" and not run["config"].get("critic_every")
+        if plain_ppo or run["method"] in ("BoN", "BOND"):
             # These know nothing of F.
             ignored |= {"M", "estimator"}
         else:
