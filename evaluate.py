@@ -344,6 +344,14 @@ def plot_front(path, title, runs):
         kl_axis(right)
 
 
+def doublings(axis):
+    """Ticks at the powers of 2 on a logarithmic axis of N."""
+    low, high = (math.log2(N) for N in axis.get_view_interval())
+    ticks = [2 ** i for i in range(math.floor(low), math.ceil(high) + 1)]
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_ticks([], minor=True)
+
+
 def plot_excess(path, title, runs):
     """What each policy pays above the least price of acting like the Best-of-N nearest to it."""
     with picture(path, title, 1) as (axes,):
@@ -358,10 +366,7 @@ def plot_excess(path, title, runs):
         axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="KL above Best-of-N's, nats")
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_ylim(-0.05, 1.5 * axes.get_ylim()[1])
-        low, high = (math.log2(N) for N in axes.get_xlim())
-        ticks = [2 ** i for i in range(math.floor(low), math.ceil(high) + 1)]
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set_xticks([], minor=True)
+        doublings(axes.xaxis)
 
 
 def curve(run, name):
@@ -391,6 +396,8 @@ def plot_curves(path, title, groups):
         low, high = panels[0].get_ylim()
         ticks = [t for t in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low <= t <= high]
         panels[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
+        panels[1].set_yscale("log")
+        doublings(panels[1].yaxis)
 
 
 def plot_against(path, task, groups, key, xlabel):
