@@ -19,19 +19,19 @@ out=sweeps/bond
         done
     done
     # The pull towards the anchor that the paper adds in its Figure 6.
-    echo "python bon_baselines.py bond --gamma 1 --episodes 163840 --resume --out $out/bond-gamma1-163840-seed0"
+    echo "python bon_baselines.py bond --gamma 1 --episodes 163840 --resume --out $out/bond-gamma1-seed0"
 } | results/run_jobs.sh --task toy
 
 python evaluate.py $out/* --curves --figures $out --csv results/bond.csv | tee results/bond.txt
 mv $out/toy.png figures/bond.png
 python - $out/* >results/bond-curves.csv <<'END'
 import json, os, sys
-columns = ["kl_to_ref", "kl_to_bon", "effective_N", "excess_kl"]
-print(*["run", "episode", *columns], sep=",")
+keys = ["kl_to_ref", "kl_to_bon", "effective_N", "excess_kl"]
+print(*["run", "episode", *keys], sep=",")
 for folder in sys.argv[1:]:
     for m in map(json.loads, open(f"{folder}/metrics.jsonl")):
         if "exact/kl_to_bon" in m:
-            print(os.path.basename(folder), m["episode"], *[f"{m['exact/' + c]:.4f}" for c in columns], sep=",")
+            print(os.path.basename(folder), m["episode"], *[f"{m['exact/' + c]:.4f}" for c in keys], sep=",")
 END
 
 [ -n "$REF$REWARD$IMDB" ] || exit 0
