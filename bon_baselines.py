@@ -5,15 +5,16 @@
     python bon_baselines.py bon-sft --N 16     # maximum likelihood on Best-of-N's responses
     python bon_baselines.py dpo --beta 0.1     # direct preference optimization (Rafailov et al. 2023)
     python bon_baselines.py bonbon --N 16      # BoNBoN (Gui et al. 2024)
+    python bon_baselines.py bond               # J-BOND (Sessa et al. 2024): Best-of-2, again and again
     python bon_baselines.py dpo --task imdb    # another task; --ref, --reward, --dataset as in vbon.py
     python bon_baselines.py --help
 
-The fifth, PPO on the reward itself, is `python vbon.py --objective rlhf`. All flags of vbon.py go here too,
-so that one line of them serves every method; those of PPO's loop have no effect on training.
+PPO on the reward itself is `python vbon.py --objective rlhf`. All flags of vbon.py go here too, so that one
+line of them serves every method; those of PPO alone have no effect on training.
 
 The losses come first and are pure functions of tensors. They take log-probabilities of whole responses, in
-nats: summed over the tokens, EOS included and prompt not. All methods learn from the scored samples of π_ref
-that vbon.py keeps, so that N needs new samples only where it is above M.
+nats: summed over the tokens, EOS included and prompt not. All methods but bond, which samples as it learns,
+learn from the scored samples of π_ref that vbon.py keeps: N needs new ones only where it is above M.
 """
 import itertools
 import json
@@ -22,7 +23,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -95,12 +96,41 @@ def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
     return alpha * likelihood + (1 - alpha) * contrast
 
 
+def bond_reward(rewards, anchor_rewards):
+    """−log 16 for a response that is worse than both of the anchor's, else 0 (Sessa et al. 2024, Eq. 17).
+
+    rewards: (B,). anchor_rewards: (B, 2). Returns (B,), float64, nats. It stands for log F under the anchor:
+    on average it is −log 16·(1−F)², which is log F at the median, F = ½.
+    """
+    return -math.log(16) * (rewards < anchor_rewards.amin(1)).double()
+
+
+def bond_loss(best, own, anchor_own, reward, beta=0.5, gamma=0.0):
+    """J-BOND's (1−β)·FW + β·BW + γ·REG (Sessa et al. 2024, Algorithm 2), a scalar. All (B,), nats.
+
+    best: log π_θ of the better of the anchor's two responses. own, anchor_own: log π_θ and log π_anchor of a
+    response y of the policy. reward: `bond_reward` of y. D = log π_θ(y) − log π_anchor(y), without gradient.
+      FW   −log π_θ(best)             has the gradient of KL(Best-of-2 of the anchor ‖ π_θ)
+      BW   −log π_θ(y)·(reward − D)   that of KL(π_θ ‖ Best-of-2), as far as the reward is log F
+      REG  −log π_θ(y)·(−D)           that of KL(π_θ ‖ π_anchor)
+    The factor of log π_θ(y) is taken less its mean over the other responses of the batch: less noise.
+    """
+    D = (own - anchor_own).detach()
+    weight = beta * (reward - D) - gamma * D
+    others = (weight.sum() - weight) / max(1, len(weight) - 1)
+    return -(1 - beta) * best.mean() - ((weight - others) * own).mean()
+
+
 # ========== 2. Settings ===================================================================================
 
-METHODS = ("bon", "bon-sft", "dpo", "bonbon")
+METHODS = ("bon", "bon-sft", "dpo", "bonbon", "bond")
 
 # dpo takes six responses to a prompt, and twelve of their fifteen pairs (§5).
 DPO_RESPONSES, DPO_PAIRS = 6, 12
+
+# bond's β = ½, η = 0.02 and −log 16 are those of Sessa et al. (Gemma 7B in §6, Eq. 17), as others quote them:
+# we have not seen the paper's whole text. Of the γ of their Figure 6, 0 to 2, γ = 0 is our choice. Their
+# steps take 128 prompts, after a warm-up; ours are as below.
 
 # The tasks are vbon.py's, the training is not. log F is never smoothed here.
 COMMON = dict(beta=0.1, lr_schedule="linear", estimator="add_one")
@@ -109,38 +139,43 @@ RECIPES = {
     "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
     "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6),
 }
-PPO_ONLY = ("estimator", "rollouts", "ppo_epochs", "critic_every", "lam", "clip", "value_coef", "reward_clip")
+PPO_ONLY = ("estimator", "ppo_epochs", "critic_every", "token_step", "lam", "clip", "value_coef",
+            "reward_clip")
 
 
 @dataclass
 class Args(vbon.Args):
     objective: str = flag(None, "the method", METHODS)
-    N: number = flag(None, "the N of Best-of-N, a whole number; dpo's distance is measured to it")
-    M: int = flag(200, "samples of π_ref per training prompt to learn from; more where N asks for more")
+    N: number = flag(None, "the N of Best-of-N, a whole number; dpo and bond are only measured against it")
+    M: int = flag(200, "samples of π_ref per training prompt to learn from, more where N asks for more; "
+                  "bon and bond need none")
     beta: float = flag(None, "dpo: how close the policy is held to π_ref")
     alpha: float = flag(None, "bonbon: weight of the likelihood; default: both terms weigh the same")
-    episodes: int = flag(None, "training examples in all: best responses, or pairs")
+    eta: float = flag(0.02, "bond: how far the anchor moves towards the policy after each step")
+    gamma: float = flag(0.0, "bond: how close the policy is held to the anchor, beyond what Best-of-2 is")
+    episodes: int = flag(None, "training examples in all: best responses, or pairs; bond: prompts")
+    rollouts: int = flag(None, "training examples per phase, which is a line of metrics")
 
     recipes = RECIPES  # not a field
 
     def finish(self):
         """Sets what follows from other flags."""
-        need(self.objective == "dpo" or self.N == int(self.N), f"--N must be a whole number, not {self.N}")
+        need(self.objective in ("dpo", "bond") or self.N == int(self.N),
+             f"--N must be a whole number, not {self.N}")
         need(self.beta > 0, f"--beta must be above 0, not {self.beta}")
-        need(self.alpha is None or 0 <= self.alpha <= 1, f"--alpha must be from 0 to 1, not {self.alpha}")
+        for name, value, high in ("alpha", self.alpha, 1), ("eta", self.eta, 1), ("gamma", self.gamma, 1e9):
+            fits = value is None or 0 <= value <= high
+            need(fits, f"--{name} must be from 0 to {high:g}, not {value}")
         need(os.environ.get("WORLD_SIZE", "1") == "1", "this runs in one process: start it without torchrun")
-        need(self.minibatch <= self.episodes,
-             f"need --minibatch ≤ --episodes, not {self.minibatch}, {self.episodes}")
-        if self.objective == "bon":  # learns nothing
-            self.M, strength = 1, f"N{self.N}"
-        elif self.objective == "dpo":
+        if self.objective == "dpo":
             self.M = max(self.M, DPO_RESPONSES)
-            strength = f"beta{self.beta:g}-M{self.M}"
-        else:
+        elif self.objective in ("bon-sft", "bonbon"):
             # toy has four prompts only: with M near N it would have four best responses to learn by heart.
             self.M = max(self.M, int(self.N) * (10 if self.task == "toy" else 1))
-            strength = f"N{self.N}-M{self.M}"
+        strength = {"bon": f"N{self.N}", "bond": f"{self.episodes}ep", "dpo": f"beta{self.beta:g}-M{self.M}"}
+        strength = strength.get(self.objective, f"N{self.N}-M{self.M}")
         self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+        super().finish()
 
 
 # ========== 3. What the losses take =======================================================================
@@ -169,21 +204,27 @@ def training_pairs(samples, prompts, args, rng):
         yield from rng.sample(examples, len(examples))
 
 
+def sequence_log_probs(lm, batch, args):
+    """log π of the whole responses of a Rollout, (B,), nats. A trunk that the batch lacks is kept in it."""
+    with vbon.autocast(args):
+        log_probs, _, trunk = vbon.response_log_probs(lm, batch, args.temperature, args.unfrozen_layers)
+    batch.trunk = trunk if batch.trunk is None else batch.trunk
+    return (log_probs * batch.mask).sum(1)
+
+
 def response_log_probs(policy, task, prompts, responses, args):
     """log π_θ and log π_ref of whole responses, each (B,), nats. A frozen trunk runs once for both models."""
-    eos, K = task.tokenizer.eos_token_id, args.unfrozen_layers
+    eos = task.tokenizer.eos_token_id
     ids, attention = vbon.pad([task.encode(p) for p in prompts], eos, "left", args.device)
     tokens, mask = vbon.pad(responses, eos, "right", args.device)
     batch = vbon.Rollout(torch.cat([ids, tokens[:, :-1]], 1), torch.cat([attention, mask[:, :-1]], 1),
                          tokens, mask)
-    with vbon.autocast(args):
-        with torch.no_grad():
-            log_ref, _, batch.trunk = vbon.response_log_probs(task.ref, batch, args.temperature, K)
-        log_pi, _, _ = vbon.response_log_probs(policy, batch, args.temperature, K)
-    return (log_pi * mask).sum(1), (log_ref * mask).sum(1)
+    with torch.no_grad():
+        log_ref = sequence_log_probs(task.ref, batch, args)
+    return sequence_log_probs(policy, batch, args), log_ref
 
 
-def method_loss(policy, task, examples, args):
+def pair_loss(policy, task, examples, args):
     """The loss of a minibatch, and its margin: mean log π_θ/π_ref of the better responses less the worse."""
     prompts, better, worse = map(list, zip(*examples))
     if args.objective == "bon-sft":
@@ -199,55 +240,92 @@ def method_loss(policy, task, examples, args):
     return loss, (best - ref_best - worst + ref_worst).detach().mean()
 
 
-# ========== 4. The run ====================================================================================
+def sample(lm, task, prompts, uniforms, args, K=-1):
+    """Scored responses of lm, one to each row of uniforms (B, T), which are grouped by prompt: the Rollout,
+    the texts, the rewards (B,) float64."""
+    with vbon.autocast(args):
+        batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
+                              args.temperature, K=K)
+    prompts = [p for p in prompts for _ in range(len(uniforms) // len(prompts))]
+    texts = vbon.decode(task, prompts, vbon.token_lists(batch))
+    return batch, texts, torch.tensor(vbon.checked_scores(task, prompts, texts), dtype=torch.double)
 
-STEPS_PER_LINE = 8  # gradient steps to a line of metrics; checkpoints count these lines
+
+def on_policy_loss(policy, anchor, task, prompts, args, generator):
+    """`bond_loss` on B prompts, from a new response of the policy and two of the anchor to each; and the mean
+    log π_θ/π_ref of the policy's, which estimates the KL."""
+    B, K = len(prompts), args.unfrozen_layers
+    uniforms = torch.rand(3 * B, args.max_new_tokens, generator=generator, device=args.device)
+    own, _, rewards = sample(policy, task, prompts, uniforms[:B], args, K)
+    pairs, _, anchor_rewards = sample(anchor, task, prompts, uniforms[B:], args, K)
+    anchor_rewards = anchor_rewards.view(B, 2)
+    best = pairs[best_of_n(anchor_rewards) + 2 * torch.arange(B)]
+    with torch.no_grad():
+        anchor_own, ref_own = (sequence_log_probs(lm, own, args) for lm in (anchor, task.ref))
+    log_best, log_own = (sequence_log_probs(policy, batch, args) for batch in (best, own))
+    loss = bond_loss(log_best, log_own, anchor_own, bond_reward(rewards, anchor_rewards).to(log_own),
+                     gamma=args.gamma)
+    return loss, (log_own - ref_own).detach().mean()
+
+
+# ========== 4. The run ====================================================================================
 
 
 def train(args):
-    """Trains a policy on the stored samples. Returns what it writes to result.json."""
-    task = vbon.setup(args)
+    """Trains a policy. Returns what it writes to result.json."""
+    task, bond = vbon.setup(args), args.objective == "bond"
     torch.manual_seed(args.seed)
     policy, _ = vbon.make_policy(task.ref, args.unfrozen_layers)
+    anchor = vbon.make_policy(task.ref, args.unfrozen_layers)[0] if bond else None
     lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
-    samples = vbon.reference_samples(task, args, keep_tokens=True)
-    need(any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
+    sampled = replace(task, train_prompts=[]) if bond else task
+    samples = vbon.reference_samples(sampled, args, keep_tokens=True)
+    need(bond or any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
          "every response to a prompt has the same reward: there is nothing to learn from")
     world, exact = vbon.open_run(args, task), {}
 
     optimizer = vbon.make_optimizer(policy.parameters(), args)
-    steps, done = args.episodes // args.minibatch, vbon.load_checkpoint(args, task, optimizer)
-    lines, seen = math.ceil(steps / STEPS_PER_LINE), done * STEPS_PER_LINE * args.minibatch
-    pairs = training_pairs(samples, task.train_prompts, args, random.Random(args.seed))
-    pairs = itertools.islice(pairs, seen, None)
+    anchored = [p.requires_grad_(False) for p in anchor.parameters() if p.requires_grad] if bond else []
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    phases = args.episodes // args.rollouts
+    done = vbon.load_checkpoint(args, task, optimizer, generator, anchored)
+    examples = (vbon.shuffled(task.train_prompts, args.seed) if bond else
+                training_pairs(samples, task.train_prompts, args, random.Random(args.seed)))
+    examples = itertools.islice(examples, done * args.rollouts, None)
     with (open(vbon.metrics_file(args), "a", encoding="utf-8") as log,
-          tqdm(total=steps * args.minibatch, initial=seen, desc=args.objective, unit="ep") as bar):
-        for line in range(done, lines):
+          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc=args.objective,
+               unit="ep") as bar):
+        for phase in range(done, phases):
             start, history = time.perf_counter(), []
-            for step in range(line * STEPS_PER_LINE, min(steps, (line + 1) * STEPS_PER_LINE)):
-                vbon.set_learning_rate(optimizer, args, step / steps)
-                loss, margin = method_loss(policy, task, list(itertools.islice(pairs, args.minibatch)), args)
+            for row in range(0, args.rollouts, args.minibatch):
+                vbon.set_learning_rate(optimizer, args, (phase + row / args.rollouts) / phases)
+                batch = list(itertools.islice(examples, min(args.minibatch, args.rollouts - row)))
+                loss, log_ratio = (on_policy_loss(policy, anchor, task, batch, args, generator) if bond else
+                                   pair_loss(policy, task, batch, args))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                history.append(torch.stack([loss.detach(), margin]))
-                bar.update(args.minibatch)
+                for a, p in zip(anchored, optimizer.param_groups[0]["params"]):
+                    a.lerp_(p.detach(), args.eta)
+                history.append(torch.stack([loss.detach(), log_ratio]))
+                bar.update(len(batch))
             vbon.check_weights(optimizer)
-            loss, margin = torch.stack(history).mean(0).tolist()
-            metrics = {"episode": (step + 1) * args.minibatch, "objective/loss": loss,
-                       "objective/log_ratio_margin": margin, "objective/lr": optimizer.param_groups[0]["lr"],
+            loss, log_ratio = torch.stack(history).mean(0).tolist()
+            metrics = {"episode": (phase + 1) * args.rollouts, "objective/loss": loss,
+                       "objective/" + ("kl_to_ref" if bond else "log_ratio_margin"): log_ratio,
+                       "objective/lr": optimizer.param_groups[0]["lr"],
                        "time/update": time.perf_counter() - start}
-            if world and vbon.is_milestone(line, lines):
+            if world and vbon.is_milestone(phase, phases):
                 exact = world.report(policy, metrics["episode"])
                 metrics |= exact
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            if args.save_every and (line + 1) % args.save_every == 0 and line + 1 < lines:
-                vbon.save_checkpoint(args, task, line + 1, optimizer)
+            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
+                vbon.save_checkpoint(args, task, phase + 1, optimizer, generator, anchored)
 
     ref_rewards = {key: rewards for key, (rewards, _) in samples.items()}
     result, responses = vbon.evaluate_policy(policy, task, ref_rewards, args)
-    result |= {"episodes": steps * args.minibatch} | exact
+    result |= {"episodes": phases * args.rollouts} | exact
     return vbon.save_results(args, task, world, result, responses, policy)
 
 
@@ -255,7 +333,7 @@ def run_bon(args):
     """Best-of-N on the test prompts, without training. Returns what it writes to result.json."""
     task = vbon.setup(args)
     lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
-    ref_rewards = vbon.reference_samples(task, args)
+    ref_rewards = vbon.reference_samples(replace(task, train_prompts=[]), args)
     world = vbon.open_run(args, task)
     result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
     if world:
@@ -273,20 +351,16 @@ def sample_best(task, ref_rewards, args):
     generator = torch.Generator(args.device).manual_seed(args.seed)
     responses, kls, N, R = [], [], int(args.N), args.test_responses
     for prompt in tqdm(task.test_prompts, desc=f"Best-of-{N}"):
-        texts, log_p = [], []
         uniforms = torch.rand(R * N, args.max_new_tokens, generator=generator, device=args.device)
-        for rows in uniforms.split(512):
-            with vbon.autocast(args):
-                batch = vbon.generate(task.ref, [task.encode(prompt)], rows, task.tokenizer.eos_token_id,
-                                      args.temperature)
-            texts += vbon.decode(task, [prompt] * len(rows), vbon.token_lists(batch))
-            log_p += batch.log_probs.double().sum(1).tolist()
-        rewards = torch.tensor(vbon.checked_scores(task, [prompt] * R * N, texts), dtype=torch.double)
+        batches, texts, rewards = zip(*(sample(task.ref, task, [prompt], rows, args)
+                                        for rows in uniforms.split(512)))
+        texts, rewards = sum(texts, []), torch.cat(rewards)
+        log_p = torch.cat([batch.log_probs.double().sum(1).cpu() for batch in batches])
         best = best_of_n(rewards.view(R, N)) + N * torch.arange(R)
         k = vbon.ranks(rewards[best], ref_rewards["test", prompt])
         log_F = vbon.posterior_log_F(k, args.test_M, N)
         responses += [texts[i] for i in best]
-        kls += (N * vbon.vbon_reward(log_F, torch.tensor(log_p, dtype=torch.double)[best], N)).tolist()
+        kls += (N * vbon.vbon_reward(log_F, log_p[best], N)).tolist()
     return responses, kls
 
 

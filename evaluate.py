@@ -32,7 +32,7 @@ import vbon
 from vbon import bon_kl, bon_win_rate, need
 
 METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO",
-           "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bon": "BoN"}
+           "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bond": "BOND", "bon": "BoN"}
 METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_bon": "KL to π_bon",
            "effective_N": "effective N", "excess_kl": "excess KL"}
 COLUMNS = METRICS | {"exact/" + key: "exact " + label for key, label in METRICS.items()} | {
@@ -55,6 +55,8 @@ def read_run(folder):
         method = METHODS[config["objective"]]
         # What sets how far this method moves from π_ref.
         symbol, strength = ("β", config["beta"]) if method in ("PPO", "DPO") else ("N", config["N"])
+        if method == "BOND":
+            symbol, strength = "steps", config["episodes"] // config["minibatch"]
         # Best-of-N trains nothing.
         metrics = [] if method == "BoN" else read("metrics.jsonl")
         return {"folder": folder, "method": method, "name": f"{method}, {symbol} = {strength:.5g}",
@@ -72,7 +74,8 @@ def group_seeds(runs):
     groups = {}
     for run in sorted(runs, key=order):
         name, ignored = run["name"], {"seed", "data_seed", *PLACES}
-        if run["method"] == "BoN" or run["method"] == "PPO" and not run["config"].get("critic_every"):
+        plain_ppo = run["method"] == "PPO" and not run["config"].get("critic_every")
+        if plain_ppo or run["method"] in ("BoN", "BOND"):
             # These know nothing of F.
             ignored |= {"M", "estimator"}
         else:
@@ -258,6 +261,9 @@ def picture(path, title, panels, **legend):
     print(path)
 
 
+DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # the ticks of an axis of N
+
+
 def set_ticks(axis, values):
     """Ticks at those of the values that are in view, as plain numbers."""
     low, high = axis.get_view_interval()
@@ -313,7 +319,7 @@ def plot_excess(path, title, runs):
         axes.set_ylim(-0.05, 1.5 * axes.get_ylim()[1])
         low, high = (math.log2(N) for N in axes.get_xlim())
         axes.set_xlim(2 ** math.floor(low), 2 ** math.ceil(high))
-        set_ticks(axes.xaxis, [2 ** i for i in range(-9, 30)])
+        set_ticks(axes.xaxis, DOUBLINGS)
 
 
 def curve(run, name):
@@ -341,6 +347,8 @@ def plot_curves(path, title, groups):
             axes.set(xlabel="episodes", ylabel=METRICS[key])
         panels[0].set_yscale("symlog", linthresh=0.01)  # an estimate may be below 0
         set_ticks(panels[0].yaxis, (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+        panels[1].set_yscale("log")
+        set_ticks(panels[1].yaxis, DOUBLINGS)
 
 
 def plot_against(path, task, groups, key, xlabel):

@@ -824,15 +824,15 @@ def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
 # --- killed, stopped, damaged -------------------------------------------------------------------------------
 
 
-SCRIPTS = [(vbon, []), (vbon, ["--critic-every", "1"]), (bon_baselines, ["bonbon", "--N", "4"])]
+SCRIPTS = [(vbon, []), (vbon, ["--critic-every", "1"]), (bon_baselines, ["bonbon", "--N", "4"]),
+           (bon_baselines, ["bond"])]
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
 def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monkeypatch):
     """kill -9 while a checkpoint is written; the resumed run ends with the bits of one that never was."""
     monkeypatch.chdir(tmp_path)
-    episodes = 1024 if script is vbon else 4096
-    argv = [*method, *flags(TOY, episodes=episodes, save_every=2)]
+    argv = [*method, *flags(TOY, episodes=1024, save_every=2)]
     patch = """
 replace, seen = os.replace, []
 def killed(source, target):
@@ -854,7 +854,7 @@ os.replace = killed"""
     assert "resumed from" in succeeded(call(*resume, script=script)).stdout
     assert same(weights(Path("whole")), weights(Path("killed")))
     assert metrics_of(Path("whole")) == metrics_of(Path("killed"))
-    assert metrics_of(Path("whole"))[-1]["episode"] == episodes
+    assert metrics_of(Path("whole"))[-1]["episode"] == 1024
     assert not Path("killed/checkpoint.pt").exists()
 
 
@@ -1679,6 +1679,41 @@ def test_bonbon_balances_its_terms():
     close(best.grad, fixed.grad)  # nothing flows through α
 
 
+def test_bond_by_hand():
+    rewards, anchor_rewards = doubles([1.0, 1.0, 1.0, 3.0], [[2.0, 1.5], [0.5, 2.0], [1.0, 2.0], [2.0, 0.0]])
+    reward = bon_baselines.bond_reward(rewards, anchor_rewards)
+    close(reward, doubles([-math.log(16), 0.0, 0.0, 0.0]))  # a tie is not worse
+    assert -math.log(16) * 0.5 ** 2 == pytest.approx(math.log(0.5))  # F = ½: half of half is worse than both
+    best, own, anchor = (x.requires_grad_() for x in doubles(
+        [-10.0, -12.0, -8.0, -9.0], [-7.0, -9.0, -11.0, -6.0], [-8.0, -9.5, -9.0, -6.0]))
+    loss = bon_baselines.bond_loss(best, own, anchor, reward, beta=0.25, gamma=0.5)
+    factor = [0.25 * (-math.log(16) - 1) - 0.5, 0.25 * -0.5 - 0.5 * 0.5, 0.25 * 2 + 0.5 * 2, 0]
+    less = [f - (sum(factor) - f) / 3 for f in factor]
+    on_own = less[0] * 7 + less[1] * 9 + less[2] * 11 + less[3] * 6
+    assert loss.item() == pytest.approx(0.75 * 39 / 4 + on_own / 4)
+    loss.backward()
+    close(best.grad, torch.full((4,), -0.75 / 4).double())
+    close(own.grad, -doubles(less) / 4)
+    assert anchor.grad is None
+    one = [x[:1].detach() for x in (best, own, anchor, reward)]  # a single response has no others
+    assert bon_baselines.bond_loss(*one).item() == pytest.approx(0.5 * 10 + 7 * (0.5 * (-math.log(16) - 1)))
+
+
+def test_bond_has_the_gradient_of_its_divergences():
+    """Ten responses that are distributed exactly as the policy, and ten as another distribution."""
+    n, beta, gamma = 10, 0.3, 0.7
+    theta = doubles([0.1, 0.2, 0.3, 0.4]).log().requires_grad_()
+    log_pi, (anchor, reward) = theta.log_softmax(0), doubles([0.4, 0.3, 0.2, 0.1], [-2.0, -1.0, 0.0, 0.0])
+    own, best = torch.tensor([[0, 1, 1, 2, 2, 2, 3, 3, 3, 3], [0, 1, 2, 2, 2, 3, 3, 3, 3, 3]])
+    loss = bon_baselines.bond_loss(log_pi[best], log_pi[own], anchor.log()[own], reward[own], beta, gamma)
+    kl = torch.sum(log_pi.exp() * (log_pi - anchor.log()))
+    backward = beta * (kl - torch.sum(log_pi.exp() * reward)) + gamma * kl
+    forward = -(1 - beta) * torch.sum(torch.bincount(best).double() / n * log_pi)
+    # The mean of the others instead of all stretches what it is subtracted from by n/(n−1).
+    expected = torch.autograd.grad(forward + n / (n - 1) * backward, theta, retain_graph=True)[0]
+    close(torch.autograd.grad(loss, theta)[0], expected)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_losses_agree_with_trl(kind):
     """TRL's DPOTrainer on the same log-probs; its IPO is per token: responses of one token are compared."""
@@ -1771,6 +1806,41 @@ def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
     assert not torch.allclose(log_pi, log_ref, atol=0.1)
 
 
+def test_on_policy_loss(toy, monkeypatch):
+    """The shared trunk changes nothing; and the loss is that of the responses that were drawn."""
+    task, prompts = toy[0], ["the plot was", "the the acting was"] * 8
+    policy, anchor = (vbon.make_policy(task.ref, 1)[0] for _ in range(2))
+    with torch.no_grad():
+        for i, lm in enumerate((policy, anchor)):
+            for p in lm.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, generator=seeded(i)))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    drawn, found = [], []
+    sample = bon_baselines.sample
+    monkeypatch.setattr(bon_baselines, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
+    for K in (1, -1):
+        args = baseline_args(temperature=0.7, unfrozen_layers=K, gamma=0.5)
+        loss, kl = bon_baselines.on_policy_loss(policy, anchor, task, prompts, args, seeded())
+        found.append((loss, kl, *torch.autograd.grad(loss, trained)))
+    for x, y in zip(*found):
+        close(x, y, atol=1e-4, rtol=1e-4)
+    (own, texts, rewards), (pairs, _, anchor_rewards) = drawn[-2:]
+    assert own.trunk is None and drawn[0][0].trunk is not None
+    assert rewards.tolist() == [vbon.warmth(y) for y in texts] and len(texts) == 16
+
+    def log_probs(lm, responses):
+        return bon_baselines.response_log_probs(lm, task, prompts, responses, args)[0].detach()
+    mine, theirs = vbon.token_lists(own), vbon.token_lists(pairs)
+    better = [theirs[2 * i + (anchor_rewards[2 * i + 1] > anchor_rewards[2 * i])] for i in range(16)]
+    reward = bon_baselines.bond_reward(rewards, anchor_rewards.view(16, 2))
+    assert 0 < (reward < 0).sum() < 16
+    expected = bon_baselines.bond_loss(log_probs(policy, better), log_probs(policy, mine),
+                                       log_probs(anchor, mine), reward, gamma=0.5)
+    close(found[1][0].detach().double(), expected, atol=1e-3, rtol=1e-4)
+    close(found[1][1], (own.log_probs.sum(1) - log_probs(task.ref, mine)).mean(), atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def baselines(toy):
     """The folder of the toy's runs, with one of each method beside them."""
@@ -1796,6 +1866,8 @@ def test_baselines_on_the_toy(baselines, method):
         assert abs(result["exact/excess_kl"]) < 1e-3
     else:
         assert result["exact/kl_to_bon"] > 0 and (baselines / method / "policy/model.safetensors").exists()
+    if method == "bond":  # it is past Best-of-2: the anchor moves
+        assert result["exact/effective_N"] > 2.5 and result["exact/excess_kl"] < 0.2
 
 
 def test_bon_over_a_trained_run_leaves_no_policy(toy, tmp_path):
@@ -1809,16 +1881,19 @@ def test_bon_over_a_trained_run_leaves_no_policy(toy, tmp_path):
 
 def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for method in bon_baselines.METHODS:
+    for method in sorted(bon_baselines.METHODS, key=["bon", "bond"].__contains__, reverse=True):
         succeeded(call(method, *flags(own(pieces), out=method), script=bon_baselines))
         result = read_json(Path(method) / "result.json")
         assert 0 < result["reward"] < 1 and 0 <= result["win_rate"] <= 1
-    assert len(list(Path("samples").glob("*.jsonl"))) == 1  # all of them learn from one file
+        (path,) = Path("samples").glob("*.jsonl")  # all of them learn from one file, but these two
+        splits = {line.get("split") for line in read_lines(path)} - {None}
+        assert splits == ({"test"} if method in ("bon", "bond") else {"train", "test"})
 
 
 @pytest.mark.parametrize("argv, word", [
     ("", "objective"), ("ppo", "bonbon"), ("bonbon --N 2.5", "whole number"), ("dpo --beta 0", "--beta"),
-    ("bonbon --alpha 2", "--alpha"), ("dpo --minibatch 64 --episodes 32", "--episodes"),
+    ("bonbon --alpha 2", "--alpha"), ("bond --eta 2", "--eta"), ("bond --gamma nan", "--gamma"),
+    ("dpo --minibatch 64 --episodes 32", "--episodes"),
     ("dpo --ref gpt2", "--task imdb"), ("bon --max-new-tokens 6", "at most 4"), ("bon --seed x", "--seed")])
 def test_bad_flags_of_the_baselines(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1864,7 +1939,7 @@ def test_evaluate_table_csv_and_figures(baselines, tmp_path):
     methods = [baselines / method for method in bon_baselines.METHODS]
     table = evaluated(*runs, *methods, "--figures", tmp_path, "--responses", 1)
     assert all(name in table for name in ("vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "BoNBoN, N = 4",
-                                          "share of the Pareto front", "the acting was"))
+                                          "BOND, steps = 64", "share of the Pareto front", "the acting was"))
     evaluated(*runs, "--figures", tmp_path, "--against", "seconds_sampling")
     for name in ("toy.png", "toy-pareto.png", "toy-excess.png", "toy-M.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
