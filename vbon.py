@@ -224,6 +224,96 @@ def smooth_log_F(rewards, a, b):
     return -a * torch.exp(-b * torch.as_tensor(rewards))
 
 
+def shared_log_F(ref_rewards, features=None):
+    """log F of P prompts, each from the samples of all: returns a function (rewards, prompt) -> log F̂, nats.
+
+    All rewards are ranked together, and the ranks read as normal quantiles z. `location_scale` says where the
+    z of a prompt lie and, from all prompts, how they spread: a guess G of its F that needs no sample of it.
+    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), as if κ
+    samples of the guess lay above y wherever y is, so that G counts most in the tail. κ is what predicts
+    either half of the samples best from the other: 0 (nearly `add_one`) where prompts are unlike.
+
+    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart; their ranks
+    count. rewards: (n,). prompt: (n,), indices. log F̂: (n,), float64, finite, never falling where the reward
+    rises. An increasing map of all rewards changes nothing. Ours: the paper leaves it to future work (§5.1).
+    Raises ValueError for a NaN, or where no prompt has a sample.
+    """
+    r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
+    P, n, pool = len(ref_rewards), len(r), r.sort().values
+    features = torch.zeros(P, 0) if features is None else torch.as_tensor(features)
+    if n == 0 or r.isnan().any() or features.isnan().any():
+        raise ValueError("shared_log_F needs a sample of at least one prompt, and no NaN")
+    owner = torch.arange(P).repeat_interleave(torch.tensor([len(r) for r in ref_rewards]))
+    below, not_above = (torch.searchsorted(pool, r, right=right) for right in (False, True))
+
+    def quantile(rank, of):
+        return torch.special.ndtri((rank.double() + 0.5) / of)
+    half, u = torch.rand(2, n, generator=torch.Generator().manual_seed(0)).double()
+    z = quantile(below + u * (not_above - below - 1), n + 1)  # ties are spread at random over their ranks
+    columns = features.double().T.contiguous()
+    s = quantile(ranks(columns, columns) - 0.5, P).T
+    X = torch.cat([torch.ones(P, 1).double(), s, s ** 2 - 1], 1)
+
+    def fit(used):
+        """From the samples that are used: a function (below, prompt) -> k, M, 1 − G."""
+        M, mu, sigma, e = location_scale(z[used], owner[used], X)
+        keys = (owner[used] * (n + 1) + below[used]).sort().values  # those of a prompt together, ascending
+
+        def look_up(below, prompt):
+            first = prompt * (n + 1)
+            k = torch.searchsorted(keys, first + below) - torch.searchsorted(keys, first)
+            less = torch.searchsorted(e, (quantile(below, n + 1) - mu[prompt]) / sigma[prompt])
+            return k, M[prompt], 1 - (less.double() + 0.5) / (len(e) + 1)
+        return look_up
+
+    def share_above(k, M, above, kappa):  # 1 − F̂; so written it is monotone even after rounding
+        return (M - k + above + kappa) / (M + 1 + kappa / above)
+    half, losses = half < 0.5, {}
+    for held in (half, ~half):
+        k, size, _ = fit(held)(below[held], owner[held])
+        known = fit(~held)(below[held], owner[held])
+        # Each held-out sample is a threshold, and a share y of the others of its prompt is not below it. The
+        # weights make up for there being fewer thresholds in the tail.
+        y, weight = (size - k - 1) / (size - 1).clamp(min=1), (size > 1) / (1 - (k + 0.5) / size)
+        for kappa in (1e6, 256, 64, 16, 4, 1, 0.25, 0):
+            S = share_above(*known, kappa)
+            log_loss = -(y * S.log() + (1 - y) * torch.log1p(-S))
+            losses[kappa] = losses.get(kappa, 0) + (weight * log_loss).sum().item()
+    kappa, look_up = min(losses, key=losses.get), fit(torch.ones_like(half))
+
+    def log_F(rewards, prompt):
+        below = torch.searchsorted(pool, torch.as_tensor(rewards, dtype=torch.double))
+        return torch.log1p(-share_above(*look_up(below, prompt), kappa))
+    return log_F
+
+
+def location_scale(z, prompt, X):
+    """Fits z = μ_x + σ_x·e, e alike for all P prompts x, to n samples: z (n,), prompt (n,) their prompts.
+
+    μ_x ~ Normal(X_x·b, τ²), X (P, K): the mean of M samples is shrunk towards X_x·b, the more the fewer there
+    are; b and τ² by EM. σ_x² is shrunk towards the common variance as if by 16 samples, and widened by the
+    error of μ_x. Returns M, μ, σ, each (P,), and the residuals e (n,), ascending, of mean square 1.
+    """
+    def total(values):
+        return torch.bincount(prompt, values, len(X)).double()
+    M, tau2 = total(torch.ones_like(z)), 1.0
+    mean, freedom = total(z) / M.clamp(min=1), (M - 1).clamp(min=0)
+    squares = total((z - mean[prompt]) ** 2)
+    common = (1 + squares.sum()) / (1 + freedom.sum())  # normal quantiles have variance 1
+    variance = (16 * common + squares) / (16 + freedom)
+    ridge = 1e-6 * torch.eye(X.shape[1], dtype=torch.double)
+    for _ in range(100):
+        weight = 1 / (variance / M + tau2)  # 0 without samples
+        WX = weight.unsqueeze(1) * X
+        prior = X @ torch.linalg.solve(X.T @ WX + ridge, WX.T @ mean)
+        mu, error = prior + tau2 * weight * (mean - prior), tau2 * (1 - tau2 * weight)
+        tau2 = ((M > 0) * ((mu - prior) ** 2 + error)).sum() / (M > 0).sum().clamp(min=1)
+        tau2 = tau2.clamp(min=1e-6)
+    sigma = (variance + error).sqrt()
+    e = ((z - mu[prompt]) / sigma[prompt]).sort().values
+    return M, mu, sigma, e / e.square().mean().sqrt().clamp(min=1e-6)
+
+
 OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
 
 
