@@ -474,6 +474,20 @@ def test_a_feature_stands_for_samples():
     assert floors[0] < floor(add_one(rewards, few)[::2], truth[::2], 16) / 2 and floors[0] < floors[1] / 3
 
 
+def test_shared_samples_are_quantiles_of_the_shared_F():
+    place = normals(30, 1, 0)
+    samples = [place[i] + normals(1, 40, i + 1)[0] if i % 3 else torch.empty(0).double() for i in range(30)]
+    drawn = {("train", i): r for i, r in enumerate(samples)} | {("empty", i): place[i] for i in range(30)}
+    found = vbon.share_samples(drawn | {("test", 0): samples[1]})
+    log_F, grid = vbon.shared_log_F(samples, place), torch.linspace(-2, 4, 100).double()
+    assert found["test", 0] is samples[1]
+    for i in (0, 1, 29):  # of which 0 has no sample
+        quantiles = found["train", i]
+        assert len(quantiles) == 1000 and (quantiles.diff() >= 0).all()
+        ranked = vbon.log_F_of(grid, quantiles, vbon.Args(task="imdb", estimator="shared", out="unused"))
+        close(ranked.exp(), log_F(grid, torch.full(grid.shape, i)).exp(), atol=0.004, rtol=0)
+
+
 # --- PPO ----------------------------------------------------------------------------------------------------
 
 
@@ -1038,7 +1052,8 @@ vbon.evaluate_policy = wait"""
     (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--lr nan", "--lr"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
     ("--unfrozen-layers 7", "2 layers"), ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"),
-    ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M")])
+    ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M"), ("--task imdb --M 0", "--M"),
+    ("--estimator shared", "four prompts")])
 def test_bad_flags(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(call(*argv.split()), word)
@@ -1154,6 +1169,40 @@ def test_own_models_and_prompts(pieces, tmp_path, objective, critic):
         assert prompt.startswith("Film number") and all(0 < len(tokens) <= 6 for tokens in columns[2])
     # π_θ is π_ref at first, by decoding and by a pass over the shared trunk.
     assert metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("M, critic", [(3, 2), (3, 0), (0, 2)])
+def test_log_F_shared_between_prompts(pieces, tmp_path, M, critic):
+    """On a file of samples that knows no rewards of bare prompts, which are added to it once."""
+    argv, file = flags(own(pieces, samples=tmp_path / "samples", critic_every=critic)), tmp_path / "samples"
+    succeeded(call(*argv, "--out", tmp_path / "ranks"))
+    before = file.read_bytes()
+    for name in ("one", "two"):
+        out = succeeded(call(*argv, "--estimator", "shared", "--M", M, "--out", tmp_path / name)).stdout
+        assert ("read from" in out) == (name == "two")
+    after = file.read_bytes()
+    assert after.startswith(before) and metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
+    added = [json.loads(line) for line in after[len(before):].splitlines()]
+    empty = [line for line in added if line["split"] == "empty"]
+    sampled = [p for line in added if line["split"] == "train" for p in line["prompts"]]
+    assert len(sampled) == (0 if M else 18)  # without samples of its own it learns from others, here all 18
+    assert sum(len(line["prompts"]) for line in empty) == (6 if M else 18)
+    score = vbon.load_reward(str(pieces / "reward"), "cpu")[0]
+    for line in empty:
+        assert line["responses"] == [[""]] * len(line["prompts"]) and line["tokens"][0] == [[0]]
+        scores = score(line["prompts"], [""] * len(line["prompts"]))
+        close(doubles([r for r, in line["rewards"]]), doubles(scores), atol=1e-6)
+    row = read_lines(tmp_path / "one" / "metrics.jsonl")[-1]
+    assert all(math.isfinite(x) for x in row.values()) and row["objective/kl_to_bon"] > -0.1
+    assert metrics_of(tmp_path / "one") != metrics_of(tmp_path / "ranks")
+
+
+def test_long_sampling_says_how_long_it_takes(toy, tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(vbon.time, "perf_counter", lambda: next(clock))
+    vbon.reference_samples(toy[0], toy_args(samples=str(tmp_path / "samples"), sample_batch=60))
+    out = capsys.readouterr().out
+    assert "200 responses, drawn by this script" in out and out.count("minutes in all; less with") == 1
 
 
 def test_bfloat16(pieces, tmp_path):
