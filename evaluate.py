@@ -65,7 +65,8 @@ def strength(run):
 
 def name_of(run):
     symbol, value = strength(run)
-    return f"{run['method']}, {symbol} = {value:.5g}"
+    shared = ", shared" if run["config"].get("estimator") == "shared" else ""
+    return f"{run['method']}, {symbol} = {value:.5g}{shared}"
 
 
 def group_seeds(runs):

@@ -33,6 +33,7 @@ import bon_baselines
 import evaluate
 import vbon
 from results import log_F as table_1
+from results import shared as floors
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
@@ -2062,6 +2063,25 @@ def test_samples_needed(toy, tmp_path, monkeypatch):
     rows = [line.split() for line in out.splitlines() if line.split()[0].isdigit() and "prompts" not in line]
     statistics = [float(row[-1]) for row in rows]
     assert len(statistics) == 6 and statistics[0] > statistics[-1]
+
+
+def test_floors_of_shared_log_F(pieces, tmp_path, monkeypatch):
+    draws = normals(40, 1000, 0).sort(1).values
+    for N in (16, 64):  # what the truth's own draws add is what M = 1000 samples would cost
+        assert floors.noise(draws, N, 10).mean() == pytest.approx((N - 1) / 4000, rel=0.1)
+    samples = normals(40, 32, 1)
+    found = floors.floor(floors.by_ranks(draws, samples), torch.special.log_ndtr(draws), 16).mean()
+    assert found == pytest.approx(floor(add_one(draws, samples), torch.special.log_ndtr(draws), 16))
+    assert found == pytest.approx(15 / 128, rel=0.3)
+    monkeypatch.setattr(floors, "HERE", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    monkeypatch.setenv("JUDGE", str(pieces / "reward"))
+    argv = flags(own(pieces, M=200, test_M=260, train_prompts=16, samples=tmp_path / "samples"))
+    out = succeeded(call(*argv, script=floors)).stdout
+    assert out.count("shared, bare prompt: about") == 3 and (tmp_path / "figures" / "shared.png").exists()
+    _, *lines = (tmp_path / "results" / "shared.csv").read_text().splitlines()
+    assert len(lines) == 3 * (3 * 5 + 1) * 4 and all(math.isfinite(float(line.split(",")[-2])) for line in lines)
+    refused(call(*argv, "--test-M", "100", script=floors), "--test-M", script="shared.py")
 
 
 def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch):
