@@ -58,8 +58,9 @@ def read_run(folder):
         if method == "BOND":
             symbol, strength = "steps", config["episodes"] // config["minibatch"]
         # Best-of-N trains nothing.
+        shared = ", shared" if config.get("estimator") == "shared" else ""
         metrics = [] if method == "BoN" else read("metrics.jsonl")
-        return {"folder": folder, "method": method, "name": f"{method}, {symbol} = {strength:.5g}",
+        return {"folder": folder, "method": method, "name": f"{method}, {symbol} = {strength:.5g}{shared}",
                 "strength": strength, "judged": "", "config": config, "metrics": metrics,
                 "result": read("result.json"), "samples": read("samples.jsonl")}
 

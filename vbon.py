@@ -224,6 +224,96 @@ def smooth_log_F(rewards, a, b):
     return -a * torch.exp(-b * torch.as_tensor(rewards))
 
 
+def shared_log_F(ref_rewards, features=None):
+    """log F of P prompts, each from the samples of all: returns a function (rewards, prompt) -> log F̂, nats.
+
+    All rewards are ranked together, and the ranks read as normal quantiles z. `location_scale` says where the
+    z of a prompt lie and, from all prompts, how they spread: a guess G of its F that needs no sample of it.
+    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), as if κ
+    samples of the guess lay above y wherever y is, so that G counts most in the tail. κ is what predicts
+    either half of the samples best from the other: 0 (nearly `add_one`) where prompts are unlike.
+
+    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart; their ranks
+    count. rewards: (n,). prompt: (n,), indices. log F̂: (n,), float64, finite, never falling where the reward
+    rises. An increasing map of all rewards changes nothing. Ours: the paper leaves it to future work (§5.1).
+    Raises ValueError for a NaN, or where no prompt has a sample.
+    """
+    r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
+    P, n, pool = len(ref_rewards), len(r), r.sort().values
+    features = torch.zeros(P, 0) if features is None else torch.as_tensor(features)
+    if n == 0 or r.isnan().any() or features.isnan().any():
+        raise ValueError("shared_log_F needs a sample of at least one prompt, and no NaN")
+    owner = torch.arange(P).repeat_interleave(torch.tensor([len(r) for r in ref_rewards]))
+    below, not_above = (torch.searchsorted(pool, r, right=right) for right in (False, True))
+
+    def quantile(rank, of):
+        return torch.special.ndtri((rank.double() + 0.5) / of)
+    half, u = torch.rand(2, n, generator=torch.Generator().manual_seed(0)).double()
+    z = quantile(below + u * (not_above - below - 1), n + 1)  # ties are spread at random over their ranks
+    columns = features.double().T.contiguous()
+    s = quantile(ranks(columns, columns) - 0.5, P).T
+    X = torch.cat([torch.ones(P, 1).double(), s, s ** 2 - 1], 1)
+
+    def fit(used):
+        """From the samples that are used: a function (below, prompt) -> k, M, 1 − G."""
+        M, mu, sigma, e = location_scale(z[used], owner[used], X)
+        keys = (owner[used] * (n + 1) + below[used]).sort().values  # those of a prompt together, ascending
+
+        def look_up(below, prompt):
+            first = prompt * (n + 1)
+            k = torch.searchsorted(keys, first + below) - torch.searchsorted(keys, first)
+            less = torch.searchsorted(e, (quantile(below, n + 1) - mu[prompt]) / sigma[prompt])
+            return k, M[prompt], 1 - (less.double() + 0.5) / (len(e) + 1)
+        return look_up
+
+    def share_above(k, M, above, kappa):  # 1 − F̂; so written it is monotone even after rounding
+        return (M - k + above + kappa) / (M + 1 + kappa / above)
+    half, losses = half < 0.5, {}
+    for held in (half, ~half):
+        k, size, _ = fit(held)(below[held], owner[held])
+        known = fit(~held)(below[held], owner[held])
+        # Each held-out sample is a threshold, and a share y of the others of its prompt is not below it. The
+        # weights make up for there being fewer thresholds in the tail.
+        y, weight = (size - k - 1) / (size - 1).clamp(min=1), (size > 1) / (1 - (k + 0.5) / size)
+        for kappa in (1e6, 256, 64, 16, 4, 1, 0.25, 0):
+            S = share_above(*known, kappa)
+            log_loss = -(y * S.log() + (1 - y) * torch.log1p(-S))
+            losses[kappa] = losses.get(kappa, 0) + (weight * log_loss).sum().item()
+    kappa, look_up = min(losses, key=losses.get), fit(torch.ones_like(half))
+
+    def log_F(rewards, prompt):
+        below = torch.searchsorted(pool, torch.as_tensor(rewards, dtype=torch.double))
+        return torch.log1p(-share_above(*look_up(below, prompt), kappa))
+    return log_F
+
+
+def location_scale(z, prompt, X):
+    """Fits z = μ_x + σ_x·e, e alike for all P prompts x, to n samples: z (n,), prompt (n,) their prompts.
+
+    μ_x ~ Normal(X_x·b, τ²), X (P, K): the mean of M samples is shrunk towards X_x·b, the more the fewer there
+    are; b and τ² by EM. σ_x² is shrunk towards the common variance as if by 16 samples, and widened by the
+    error of μ_x. Returns M, μ, σ, each (P,), and the residuals e (n,), ascending, of mean square 1.
+    """
+    def total(values):
+        return torch.bincount(prompt, values, len(X)).double()
+    M, tau2 = total(torch.ones_like(z)), 1.0
+    mean, freedom = total(z) / M.clamp(min=1), (M - 1).clamp(min=0)
+    squares = total((z - mean[prompt]) ** 2)
+    common = (1 + squares.sum()) / (1 + freedom.sum())  # normal quantiles have variance 1
+    variance = (16 * common + squares) / (16 + freedom)
+    ridge = 1e-6 * torch.eye(X.shape[1], dtype=torch.double)
+    for _ in range(100):
+        weight = 1 / (variance / M + tau2)  # 0 without samples
+        WX = weight.unsqueeze(1) * X
+        prior = X @ torch.linalg.solve(X.T @ WX + ridge, WX.T @ mean)
+        mu, error = prior + tau2 * weight * (mean - prior), tau2 * (1 - tau2 * weight)
+        tau2 = ((M > 0) * ((mu - prior) ** 2 + error)).sum() / (M > 0).sum().clamp(min=1)
+        tau2 = tau2.clamp(min=1e-6)
+    sigma = (variance + error).sqrt()
+    e = ((z - mu[prompt]) / sigma[prompt]).sort().values
+    return M, mu, sigma, e / e.square().mean().sqrt().clamp(min=1e-6)
+
+
 OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
 
 
@@ -300,8 +390,11 @@ class Args:
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
-    M: int = flag(200, "samples of π_ref per training prompt; at best vBoN ends (N−1)/(4M) nats from BoN")
-    estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r)", (*ESTIMATORS, "smooth"))
+    M: int = flag(200, "samples of π_ref per training prompt; by their ranks vBoN ends at best (N−1)/(4M) "
+                  "nats from BoN; 0, with --estimator shared: none but to 256 other prompts, to learn from")
+    estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r); shared lets prompts learn "
+                          "from each other and from the reward of the bare prompt, so that a smaller M does",
+                          (*ESTIMATORS, "smooth", "shared"))
     beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1)")
 
     ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
@@ -618,6 +711,8 @@ def log_F_of(scores, ref_rewards, args):
     """log F̂ of scores (...) from the rewards (..., M) of π_ref's samples. Zeros for rlhf, which has no F."""
     if args.objective == "rlhf":
         return torch.zeros_like(scores)
+    if args.estimator == "shared":  # ref_rewards are what `share_samples` returned
+        return estimate_log_F(scores, ref_rewards, "add_one")
     if args.estimator != "smooth":
         return estimate_log_F(scores, ref_rewards, args.estimator)
     # The fit is the same wherever 0 is; about the mean nothing overflows.
@@ -884,6 +979,7 @@ class Task:
     ref_id: str              # what identifies π_ref, and the reward, in the file of samples
     reward_id: str
     end: str = ""            # what marks the text of a response that EOS ended, if the reward must see it
+    other_prompts: tuple = ()   # not trained on: the samples to them are all there are if --M is 0
 
 
 KINDNESS = {"acting": 0.5, "music": 0.2, "plot": -0.1, "ending": -0.4}  # how kind critics are to it
@@ -1061,13 +1157,13 @@ def text_task(args):
         ids = tokenizer.encode(prompt)
         return ids[:-1] if ids[-1:] == [eos] else ids  # a prompt that has ended gets no response
     context = getattr(ref.config, "max_position_embeddings", None) or math.inf
-    train, test = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
-    for prompt in train + test:
+    train, test, others = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
+    for prompt in train + test + others:
         length = len(encode(prompt))
         need(length > 0, "--dataset has an empty prompt, and there is no token to start from: remove it")
         need(length + args.max_new_tokens <= context, f"a prompt of {length} tokens and --max-new-tokens "
              f"{args.max_new_tokens} exceed the model's context of {context}: {prompt[:60]!r}…")
-    return Task(ref, tokenizer, score, encode, train, test, identity(ref, tokenizer), reward_id, end)
+    return Task(ref, tokenizer, score, encode, train, test, identity(ref, tokenizer), reward_id, end, others)
 
 
 def token_lists(rollout):
@@ -1191,7 +1287,8 @@ def identity(model, tokenizer):
 
 
 def read_prompts(args, tokenizer, longest):
-    """--dataset's training and test prompts, shuffled. Without a test split a tenth is held out."""
+    """--dataset's training and test prompts, shuffled, and where --M is 0 others of the training split.
+    Without a test split a tenth is held out."""
     import datasets
     datasets.disable_progress_bars()
     with reading(f"cannot load --dataset {args.dataset} (or pass a folder or a .jsonl file)"):
@@ -1217,11 +1314,13 @@ def read_prompts(args, tokenizer, longest):
         kind = {None: "", True: " of r/" + ", r/".join(IN_DISTRIBUTION), False: " of others"}[related]
         need(prompts or number == 0, f"--dataset {args.dataset} gave no prompt{kind} for the {split} split")
         return prompts
+    others = 0 if args.M else OTHERS[0]
     if args.task != "tldr":
-        return draw("train", args.train_prompts), draw("test", args.test_prompts)
+        return draw("train", args.train_prompts), draw("test", args.test_prompts), draw("train", others)
     half = (args.test_prompts + 1) // 2
     train = draw("train", args.train_prompts, True)
-    return train, draw("test", half, True) + draw("test", args.test_prompts - half, False)
+    test = draw("test", half, True) + draw("test", args.test_prompts - half, False)
+    return train, test, draw("train", others, True)
 
 
 def make_prompt(row, tokenizer, longest, rng):
@@ -1239,6 +1338,9 @@ def make_prompt(row, tokenizer, longest, rng):
     # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
     return prompt if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids else None
 
+
+# The number of prompts from which log F is learned if --M is 0, and of the samples to each.
+OTHERS = 256, 32
 
 # tldr trains on these subreddits; tests are half on them, half on others.
 IN_DISTRIBUTION = ("relationships", "relationship_advice")
@@ -1269,11 +1371,16 @@ def reference_samples(task, args, keep_tokens=False):
     lists of token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them,
     then a line for every batch of prompts. A second run reads them; one with a larger M or more prompts, or
     one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and
-    the prompt alone. Objective rlhf, which has no F, needs none for training but for --critic-every.
+    the prompt alone. Objective rlhf, which has no F, needs none for training but for --critic-every. With
+    --estimator shared the training prompts' rewards are those of `share_samples`.
     """
     path, header = samples_file(task, args)
-    M = 0 if args.objective == "rlhf" and not args.critic_every else args.M
-    wanted = {("train", p): M for p in task.train_prompts}
+    needs_F = args.objective != "rlhf" or args.critic_every
+    share = args.estimator == "shared" and needs_F and not keep_tokens and task.train_prompts
+    wanted = {("train", p): args.M if needs_F else 0 for p in task.train_prompts}
+    if share:
+        wanted |= {("train", p): OTHERS[1] for p in task.other_prompts}
+        wanted |= {("empty", p): 1 for _, p in wanted}  # the empty response: its reward is that of the prompt
     wanted |= {("test", p): args.test_M for p in task.test_prompts}
     lock = take_lock(path + ".lock", wait=True)
     gathered(None)  # the other processes go on once the first one has its turn
@@ -1293,7 +1400,28 @@ def reference_samples(task, args, keep_tokens=False):
     def first(key, M):
         r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
         return (r, tokens.get(key, [])[:M]) if keep_tokens else r.sort().values
-    return {key: first(key, M) for key, M in wanted.items()}
+    found = {key: first(key, M) for key, M in wanted.items()}
+    return share_samples(found) if share else found
+
+
+def share_samples(ref_rewards, Q=1000):
+    """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it.
+
+    Whatever ranks a reward among a prompt's M samples then ranks it as if M were Q: log F̂, the critic that
+    reads unfinished texts, the metrics of training. The feature is the reward of the bare prompt. M may be 0:
+    a stream of prompts, each seen once or twice, needs no samples of its own.
+    """
+    prompts = [prompt for split, prompt in ref_rewards if split == "train"]
+    samples, bare = ([ref_rewards[split, p] for p in prompts] for split in ("train", "empty"))
+    log_F, pool = shared_log_F(samples, torch.stack(bare)), torch.cat(samples).sort().values
+    # F̂ is a step function, which rises at rewards of the pool.
+    grid = pool[torch.linspace(0, len(pool) - 1, 4 * Q, dtype=torch.double).round().long()]
+    levels = torch.log((torch.arange(1, Q + 1).double() + 0.5) / (Q + 1))  # between those of add_one
+    shared = {}
+    for i, prompt in enumerate(prompts):
+        found = log_F(grid, torch.full(grid.shape, i))
+        shared["train", prompt] = grid[(torch.searchsorted(found, levels) - 1).clamp(min=0)]
+    return ref_rewards | shared
 
 
 def samples_file(task, args):
@@ -1313,8 +1441,9 @@ def draw_missing(task, args, wanted, rewards, path):
     """
     def have(key):
         return len(rewards.get(key, ()))
+    order = ("train", "test", "empty").index
     missing = sorted((key for key in wanted if have(key) < wanted[key]),
-                     key=lambda key: (key[0] != "train", have(key), len(task.encode(key[1])), key))
+                     key=lambda key: (order(key[0]), have(key), len(task.encode(key[1])), key))
     if not missing:
         return
     at_once, batches = 16_384 if args.backend == "vllm" else args.sample_batch, []
@@ -1323,22 +1452,29 @@ def draw_missing(task, args, wanted, rewards, path):
         M = wanted[split, prompts[0]]
         size = max(1, at_once // M)
         batches += [(split, prompts[i:i + size], start, M) for i in range(0, len(prompts), size)]
-    print(f"π_ref's samples: drawn by {'vLLM' if args.backend == 'vllm' else 'this script'}")
     total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
+    by, begun = "vLLM" if args.backend == "vllm" else "this script", time.perf_counter()
+    print(f"π_ref's samples: {total:,} responses, drawn by {by}")
     with ((vllm_sampler if args.backend == "vllm" else hand_sampler)(task, args) as sample,
           tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar):
         # Of several processes each draws a batch, and gets the lines of all.
         for i in range(0, len(batches), processes()):
-            mine = batches[i + rank():i + rank() + 1]
+            mine, drawn = batches[i + rank():i + rank() + 1], 0
             for line in gathered(draw_line(task, sample, *mine[0]) if mine else None):
                 if line is not None:
                     yield line
-                    bar.update(sum(map(len, line["rewards"])))
+                    drawn += sum(map(len, line["rewards"]))
+            bar.update(drawn)
+            minutes = (time.perf_counter() - begun) / 60 * total / drawn
+            if i == 0 and minutes > 5:
+                tqdm.write(f"π_ref's samples: about {minutes:.0f} minutes in all; less with a smaller --M or "
+                           "--train-prompts. With --estimator shared --M 32 does.")
 
 
 def draw_line(task, sample, split, prompts, start, M):
     """Responses number start … M−1 to each of the prompts, scored: a line of the file."""
-    ids, n = sample(split, prompts, start, M), M - start
+    n, empty = M - start, [[task.tokenizer.eos_token_id] for _ in prompts]
+    ids = empty if split == "empty" else sample(split, prompts, start, M)
     copies = [prompt for prompt in prompts for _ in range(n)]
     responses = decode(task, copies, ids)
     columns = {"rewards": checked_scores(task, copies, responses), "responses": responses, "tokens": ids}
@@ -1896,7 +2032,8 @@ def check(args):
             value, named = getattr(args, name), "--" + name.replace("_", "-")
             fits = value is None or low <= value <= high
             need(fits, f"{named} must be from {low:g} to {high:g}, not {value}")
-    inside("N M train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
+    inside("N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
+    inside("M", 0 if args.estimator == "shared" else 1, 1e9)
     inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
     inside("temperature clip", 1e-3, 1e3)
     inside("lr adam_eps reward_clip", 1e-30, 1e30)
@@ -1906,6 +2043,8 @@ def check(args):
     inside("seed data_seed", 0, 2 ** 62)
     need(args.estimator != "smooth" or args.M >= 3, "--estimator smooth needs --M of at least 3")
     if args.task == "toy":
+        need(args.estimator != "shared", "toy has four prompts, too few to learn what prompts share: "
+             "--estimator shared goes with --task imdb or tldr")
         need(args.max_new_tokens <= 4, "toy enumerates 18^T responses: --max-new-tokens at most 4")
         foreign = [args.ref, args.reward, args.dataset, args.no_eos_reward, args.backend == "vllm" or None]
         need(foreign == [None] * 5, "toy has no --ref, --reward, --dataset, --no-eos-reward, --backend vllm: "
