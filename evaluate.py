@@ -57,8 +57,8 @@ def read_run(folder):
         symbol, strength = ("β", config["beta"]) if method in ("PPO", "DPO") else ("N", config["N"])
         if method == "BOND":
             symbol, strength = "steps", config["episodes"] // config["minibatch"]
-        # Best-of-N trains nothing.
         shared = ", shared" if config.get("estimator") == "shared" else ""
+        # Best-of-N trains nothing.
         metrics = [] if method == "BoN" else read("metrics.jsonl")
         return {"folder": folder, "method": method, "name": f"{method}, {symbol} = {strength:.5g}{shared}",
                 "strength": strength, "judged": "", "config": config, "metrics": metrics,

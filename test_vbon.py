@@ -2163,7 +2163,8 @@ def test_floors_of_shared_log_F(pieces, tmp_path, monkeypatch):
     out = succeeded(call(*argv, script=floors)).stdout
     assert out.count("shared, bare prompt: about") == 3 and (tmp_path / "figures" / "shared.png").exists()
     _, *lines = (tmp_path / "results" / "shared.csv").read_text().splitlines()
-    assert len(lines) == 3 * (3 * 5 + 1) * 4 and all(math.isfinite(float(line.split(",")[-2])) for line in lines)
+    assert len(lines) == 3 * (3 * 5 + 1) * 4
+    assert all(math.isfinite(float(line.split(",")[-2])) for line in lines)
     refused(call(*argv, "--test-M", "100", script=floors), "--test-M", script="shared.py")
 
 
