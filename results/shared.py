@@ -81,24 +81,26 @@ def measure(pool, known, draws, bare):
 
 
 def show(name, results):
-    """The table of one reward, and the power law that fits the floors of shared_log_F."""
+    """The table of one reward."""
     rows = [[name, *(f"N = {N}" for N in Ns)]]
     for way in WAYS:
         for M in sorted({M for name, M, _ in results if name == way}):
             cells = ("{:.4f} ± {:.4f}".format(*results[way, M, N]) for N in Ns)
             rows.append([f"  {way}, M = {M}", *cells])
-    print(evaluate.aligned(rows))
+    print(evaluate.aligned(rows) + "\n")
+
+
+def law(way, results):
+    """The power law that fits the floors of a way best, by least squares of their logarithms."""
     keys = [(M, N) for M in Ms for N in Ns]
-    for way in WAYS:
-        X = torch.tensor([[1, math.log(N - 1), -math.log(M)] for M, N in keys]).double()
-        y = torch.tensor([max(results[way, M, N][0], 1e-4) for M, N in keys]).double().log()
-        a, b, c = torch.linalg.lstsq(X, y.unsqueeze(1)).solution.flatten().tolist()
-        print(f"  {way}: about {math.exp(a):.3f}·(N−1)^{b:.2f}/M^{c:.2f}")
-    print()
+    X = torch.tensor([[1, math.log(N - 1), -math.log(M)] for M, N in keys]).double()
+    y = torch.tensor([results[way, M, N][0] for M, N in keys]).double().clamp(min=1e-4).log()
+    a, b, c = torch.linalg.lstsq(X, y.unsqueeze(1)).solution.flatten().tolist()
+    return f"{way}: about {math.exp(a):.3f}·(N−1)^{b:.2f}/M^{c:.2f}"
 
 
 def plot(path, name, results):
-    with evaluate.picture(path, f"{name}: how near to Best-of-N M samples let training come", 3) as axes:
+    with evaluate.picture(path, f"{name}: the KL to Best-of-N that M samples to a prompt leave", 3) as axes:
         for a, N in zip(axes, (16, 64, 512)):
             for way, color in zip(WAYS, ("C1", "C0", "C2")):
                 mean, error = zip(*(results[way, M, N] for M in Ms))
@@ -126,7 +128,8 @@ def main(argv=None):
         rewards = {"the task's own reward": own,
                    "the same, rounded to five steps": ([(4 * r).round() / 4 for r in own[0]], own[1])}
         if "JUDGE" in os.environ:
-            score, _ = vbon.load_reward(os.environ["JUDGE"], args.device, task.end, args.no_eos_reward)
+            with contextlib.redirect_stdout(sys.stderr):
+                score, _ = vbon.load_reward(os.environ["JUDGE"], args.device, task.end, args.no_eos_reward)
             scores = []
             for key in tqdm(keys, desc="the second judge"):
                 copies = [key[1]] * len(stored[key][1])
@@ -143,7 +146,9 @@ def main(argv=None):
             show(name, results)
             lines += [[name, way, M, N, *result] for (way, M, N), result in results.items()]
             if name == "the task's own reward":
-                plot(str(HERE.parent / "figures" / "shared.png"), args.task, results)
+                print(*(law(way, results) for way in WAYS), "", sep="\n")
+                with contextlib.redirect_stdout(sys.stderr):
+                    plot(str(HERE.parent / "figures" / "shared.png"), args.task, results)
         with open(HERE / "shared.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["reward", "way", "M", "N", "kl", "se"], *lines])
     return vbon.run_script("shared.py", run)
