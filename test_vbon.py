@@ -218,6 +218,14 @@ def test_objectives_are_ordered_and_their_rewards_are_the_objectives():
                 close(N * (pi * reward).sum() - kl, value, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("N", [1, 2, 16, 512])
+def test_unlikely_responses_need_no_log_p(N):
+    """There vbon is bound and the constant log(N)/N."""
+    log_F, log_p = doubles([-2.0, -0.7, -1e-3, 0.0]), doubles([[-30.1], [-40.0], [-200.0], [-1000.0]])
+    difference = vbon.vbon_reward(log_F, log_p, N) - vbon.vbon_reward(log_F, 0, N, "bound")
+    close(difference, torch.full((4, 4), math.log(N) / N, dtype=torch.double), rtol=0)
+
+
 def test_rewards_vanish_at_N_1_and_there_is_none_below():
     log_F, log_p = doubles([-math.inf, -1.0], [-3.0, -2.0])
     for objective in ("vbon", "bound", "bound1"):
@@ -1787,12 +1795,50 @@ def test_the_reward_for_trl_is_the_objective(exported, monkeypatch):
     close(exact - doubles(rewards), torch.full((2,), math.log(16) / 16, dtype=torch.double))
 
 
-def test_the_readme_trains_with_trl(exported):
-    pytest.importorskip("trl")
-    folder, names = exported
-    steps = {"max_steps=100": "max_steps=2, use_cpu=True, bf16=False, report_to=[]", "size=32": "size=8",
-             "length=40": "length=6"}
+def fill_positions(lm, args, kwargs):
+    """A hook for models with learned positions, which TRL leaves without them where prompts are padded."""
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return args, kwargs
+
+
+def test_the_readme_trains_with_trl_and_its_advantages_are_ours(exported, monkeypatch):
+    """RLOO's are the sums over tokens of vbon.py's rewards, less the mean of the prompt's other three."""
+    trl = pytest.importorskip("trl")
+    from transformers import AutoTokenizer
+    names, kls = exported[1], []
+    score, _ = vbon.load_reward(names["my-classifier"], "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(names["my-model"])
+
+    @torch.no_grad()
+    def our_advantages(policy, ref, rows, theirs):
+        tokens, mask = theirs["completion_ids"], theirs["completion_mask"].bool()
+        rollout = vbon.Rollout(torch.cat([theirs["prompt_ids"], tokens[:, :-1]], 1),
+                               torch.cat([theirs["prompt_mask"].bool(), mask[:, :-1]], 1), tokens, mask)
+        log_pi, log_ref = (vbon.response_log_probs(lm, rollout, 1.0)[0] * mask for lm in (policy, ref))
+        kls.append((log_pi - log_ref).sum(1))
+        texts = tokenizer.batch_decode(vbon.token_lists(rollout), skip_special_tokens=True)
+        scores = torch.tensor(score([row["prompt"] for row in rows], texts))
+        log_F = vbon.estimate_log_F(scores, torch.tensor([row["ref_rewards"] for row in rows]))
+        rewards = (log_ref - log_pi) / 16
+        rewards[range(len(rows)), mask.sum(1) - 1] += vbon.vbon_reward(log_F, log_ref.sum(1), 16).float()
+        returns = vbon.gae(rewards, torch.zeros_like(rewards), mask, lam=1.0)[1][:, 0].view(-1, 4)
+        return (returns - (returns.sum(1, keepdim=True) - returns) / 3).flatten()
+
+    class Compared(trl.RLOOTrainer):
+        def _generate_and_score_completions(self, rows):
+            models = self.model, self.ref_model
+            hooks = [lm.register_forward_pre_hook(fill_positions, with_kwargs=True) for lm in models]
+            theirs = super()._generate_and_score_completions(rows)
+            close(theirs["advantages"], our_advantages(*models, rows, theirs), atol=1e-5, rtol=0)
+            for hook in hooks:
+                hook.remove()
+            return theirs
+    monkeypatch.setattr(trl, "RLOOTrainer", Compared)
+    steps = {"max_steps=100": "max_steps=3, use_cpu=True, bf16=False, report_to=[]", "size=32": "size=8",
+             "length=40": "length=6", "1e-5": "1e-2"}
     exec(readme_trainer(names | steps), {"__name__": "readme"})
+    assert len(kls) == 3 and kls[0].abs().max() < 1e-4 < 0.1 < kls[2].abs().max()
 
 
 # --- bon_baselines.py ---------------------------------------------------------------------------------------

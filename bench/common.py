@@ -10,6 +10,7 @@ import csv
 import ctypes
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -151,8 +152,10 @@ def learner(flags, M=200):
     task = vbon.setup(args)
     torch.manual_seed(0)
     policy, value_head = vbon.make_policy(task.ref, args.unfrozen_layers)
+    blocks = math.ceil(args.max_new_tokens / (args.critic_every or 1))
     return SimpleNamespace(
         args=args, task=task, policy=policy, value_head=value_head,
+        critic=torch.zeros(blocks, 4, 5, dtype=torch.double) if args.critic_every else value_head,
         ref_rewards={p: torch.rand(M, dtype=torch.double).sort().values for p in task.train_prompts},
         optimizer=vbon.make_optimizer([*policy.parameters(), *value_head.parameters()], args),
         generator=torch.Generator(args.device), stream=vbon.shuffled(task.train_prompts, 0))
@@ -164,8 +167,8 @@ def phase(l, prompts=None, **changed):
     prompts = prompts or list(itertools.islice(l.stream, l.args.rollouts))
     ref_rewards = torch.stack([l.ref_rewards[p] for p in prompts])
     start, busy = clock(l.args.device), time.process_time()
-    rollout, metrics = vbon.collect(l.policy, l.value_head, l.task, prompts, ref_rewards, l.args, l.generator)
-    metrics |= vbon.update(l.policy, l.value_head, l.optimizer, rollout, l.args, l.generator)
+    rollout, metrics = vbon.collect(l.policy, l.critic, l.task, prompts, ref_rewards, l.args, l.generator)
+    metrics |= vbon.update(l.policy, l.critic, l.optimizer, rollout, l.args, l.generator)
     return metrics | {"seconds": clock(l.args.device) - start, "processor": time.process_time() - busy}
 
 
