@@ -37,7 +37,7 @@ HERE, PARTS = os.path.dirname(os.path.abspath(__file__)), common.PARTS
 PACKAGES = ["torch==2.13.0", "transformers>=5.16.1,<5.20", "accelerate", "psutil", "pandas", "datasets>=4"]
 SIDES = {  # the trainer; flags of vbon.py, or settings of TRL's trainer; where it takes part
     "vBoN": ("vbon", "", "times toy imdb"),
-    "vBoN, no critic": ("vbon", "--critic-every 0 --value-coef 0 --lam 1", "times imdb"),
+    "vBoN, no critic": ("vbon", "--critic-every 0 --value-coef 0 --lam 1 --token-step 0", "times imdb"),
     "TRL 1.16 RLOO": ("RLOO", {}, "times toy imdb"),
     "TRL 1.16 GRPO, unscaled": ("GRPO", {"scale_rewards": "none", "loss_type": "dr_grpo"}, "toy"),
     "TRL 1.16 GRPO": ("GRPO", {}, "toy"),
