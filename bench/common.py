@@ -100,7 +100,8 @@ def flags_of(options, folder, shape=None):
     flags = {"task": "imdb", "ref": options.ref, "reward": options.reward, "dataset": options.dataset,
              "device": options.device, "dtype": options.dtype, "max-new-tokens": options.max_new_tokens,
              "train-prompts": 256, "test-prompts": 8, "rollouts": options.rollouts,
-             "minibatch": min(32, options.rollouts), "ppo-epochs": 4, "critic-every": 0,  # the paper's PPO
+             "minibatch": min(32, options.rollouts), "ppo-epochs": 4,
+             "critic-every": 0, "token-step": 0,  # the paper's PPO
              "episodes": 1_000_000, "out": f"{folder}/run",
              "samples": f"{folder}/samples.jsonl"}
     return [text for name, value in flags.items() for text in ("--" + name, str(value))]
