@@ -17,7 +17,6 @@ nats: summed over the tokens, EOS included and prompt not. All methods but bond,
 learn from the scored samples of π_ref that vbon.py keeps: N needs new ones only where it is above M.
 """
 import itertools
-import json
 import math
 import os
 import random
@@ -133,14 +132,12 @@ DPO_RESPONSES, DPO_PAIRS = 6, 12
 # steps take 128 prompts, after a warm-up; ours are as below.
 
 # The tasks are vbon.py's, the training is not. log F is never smoothed here.
-COMMON = dict(beta=0.1, lr_schedule="linear", estimator="add_one")
+COMMON = dict(beta=0.1, estimator="add_one")
 RECIPES = {
     "toy": vbon.RECIPES["toy"] | COMMON | dict(episodes=81_920, lr=1e-3),
     "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
     "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6),
 }
-PPO_ONLY = ("estimator", "ppo_epochs", "critic_every", "token_step", "lam", "clip", "value_coef",
-            "reward_clip")
 
 
 @dataclass
@@ -277,7 +274,7 @@ def train(args):
     torch.manual_seed(args.seed)
     policy, _ = vbon.make_policy(task.ref, args.unfrozen_layers)
     anchor = vbon.make_policy(task.ref, args.unfrozen_layers)[0] if bond else None
-    lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
+    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
     sampled = replace(task, train_prompts=[]) if bond else task
     samples = vbon.reference_samples(sampled, args, keep_tokens=True)
     need(bond or any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
@@ -292,9 +289,8 @@ def train(args):
     examples = (vbon.shuffled(task.train_prompts, args.seed) if bond else
                 training_pairs(samples, task.train_prompts, args, random.Random(args.seed)))
     examples = itertools.islice(examples, done * args.rollouts, None)
-    with (open(vbon.metrics_file(args), "a", encoding="utf-8") as log,
-          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc=args.objective,
-               unit="ep") as bar):
+    with tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc=args.objective,
+              unit="ep") as bar:
         for phase in range(done, phases):
             start, history = time.perf_counter(), []
             for row in range(0, args.rollouts, args.minibatch):
@@ -318,8 +314,7 @@ def train(args):
             if world and vbon.is_milestone(phase, phases):
                 exact = world.report(policy, metrics["episode"])
                 metrics |= exact
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            vbon.log_metrics(args, metrics)
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
                 vbon.save_checkpoint(args, task, phase + 1, optimizer, generator, anchored)
 
@@ -332,7 +327,7 @@ def train(args):
 def run_bon(args):
     """Best-of-N on the test prompts, without training. Returns what it writes to result.json."""
     task = vbon.setup(args)
-    lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
+    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(replace(task, train_prompts=[]), args)
     world = vbon.open_run(args, task)
     result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
@@ -366,7 +361,7 @@ def sample_best(task, ref_rewards, args):
 
 def main(argv=None):
     def run():
-        args = vbon.parse_args(argv, Args, __doc__, positional="objective", hidden=PPO_ONLY)
+        args = vbon.parse_args(argv, Args, __doc__, positional="objective")
         (run_bon if args.objective == "bon" else train)(args)
     return vbon.run_script("bon_baselines.py", run)
 

@@ -1067,7 +1067,7 @@ vbon.evaluate_policy = wait"""
         time.sleep(0.1)
     files = {path: path.read_bytes() for path in Path("run").iterdir()}
     for more in ([], ["--overwrite"], ["--resume"]):
-        refused(call(*flags(TOY, seed=1, out="run"), *more), "run", f"process {first.pid}")
+        refused(call(*flags(TOY, seed=1, out="run"), *more), "run is being written by another run")
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == files
     Path("go on").touch()
     first.communicate()
@@ -1082,7 +1082,7 @@ vbon.evaluate_policy = wait"""
 @pytest.mark.parametrize("argv, word", [
     ("--N 0", "--N"), ("--N many", "--N"), ("--N nan", "--N"), ("--N inf", "--N"), ("--M 0", "--M"),
     ("--task chess", "toy"), ("--objective sft", "bound1"), ("--estimator mean", "log_mean"),
-    ("--temperature 0", "--temperature"), ("--temperature 1e-9", "--temperature"), ("--clip 1e9", "--clip"),
+    ("--temperature 0", "--temperature"), ("--temperature 1e-9", "--temperature"),
     ("--adam-eps 0", "--adam-eps"), ("--task imdb --no-eos-reward nan", "--no-eos-reward"),
     (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--lr nan", "--lr"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
@@ -1238,14 +1238,6 @@ def test_log_F_shared_between_prompts(pieces, tmp_path, M, critic):
     assert metrics_of(tmp_path / "one") != metrics_of(tmp_path / "ranks")
 
 
-def test_long_sampling_says_how_long_it_takes(toy, tmp_path, monkeypatch, capsys):
-    clock = itertools.count(0, 100)
-    monkeypatch.setattr(vbon.time, "perf_counter", lambda: next(clock))
-    vbon.reference_samples(toy[0], toy_args(samples=str(tmp_path / "samples"), sample_batch=60))
-    out = capsys.readouterr().out
-    assert "200 responses, drawn by this script" in out and out.count("minutes in all; less with") == 1
-
-
 def test_bfloat16(pieces, tmp_path):
     changes = dict(dtype="bfloat16", lr=1e-3, out=tmp_path, samples=tmp_path / "samples")
     succeeded(call(*flags(own(pieces), **changes)))
@@ -1275,8 +1267,6 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
                 edit(folder / "tokenizer_config.json", lambda config: config.update(tokenizer_class=kind))
             else:  # more tokens than the model has
                 byte_tokenizer(END, "<a>", "<b>", eos_token=END, pad_token=END).save_pretrained(folder)
-    shutil.copytree(pieces, "shallow")
-    edit(tmp_path / "shallow/ref/config.json", lambda config: config.update(n_layer=1))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
     (tmp_path / "utf16.jsonl").write_bytes('{"prompt": "fine"}\n'.encode("utf-16"))
@@ -1290,7 +1280,7 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
             (dict(reward="three/reward"), ["3 labels"]), (dict(ref="no_eos/ref"), ["EOS"]),
             *(({what: f"{name}/{what}"}, [f"--{what} {name}/{what}"])
               for name in ("cut", "shape", "bare", "wordy") for what in ("ref", "reward")),
-            (dict(ref="shallow/ref"), ["more layers"]), (dict(ref=pieces), ["--ref"]),
+            (dict(ref=pieces), ["--ref"]),
             (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
             (dict(dataset="missing.jsonl"), ["missing.jsonl"]), (dict(dataset="empty.jsonl"), ["--dataset"]),
             (dict(dataset="broken.jsonl"), ["--dataset"]), (dict(dataset="utf16.jsonl"), ["--dataset"]),
@@ -1643,7 +1633,7 @@ def watched(policy, critic, *rest):
     if os.environ.get("KILL") == os.environ["RANK"] and len(phases) == 3:
         os.kill(os.getpid(), 9)
     metrics = update(policy, critic, *rest)
-    torch.save(policy.state_dict() | {"critic": critic}, "weights" + os.environ["RANK"])
+    torch.save(policy.state_dict() | {"critic": critic.sums}, "weights" + os.environ["RANK"])
     return metrics
 vbon.update = watched"""
 

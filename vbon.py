@@ -27,7 +27,7 @@ files and the command line. The mathematics and the losses are pure functions of
 
 Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
-values, where the reward of the unfinished text or a head on the policy does; training the reward model.
+values; training the reward model.
 
 Logarithms are natural (nats). B is a batch of responses, T its tokens, V the vocabulary, H the width
 of a hidden state, P a number of prompts, L the tokens of a prompt, M π_ref's samples to it.
@@ -42,15 +42,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
-import re
 import shutil
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -70,8 +69,7 @@ def log_bon_pmf(log_F, log_p, N):
 
     log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included,
     prompt not. N: real, at least 1, else ValueError. All broadcast. Computed in float64 to a relative
-    accuracy of 1e-10 (absolute below 1), returned in the dtype that was passed; differentiable in
-    log_F and log_p.
+    accuracy of 1e-10 (absolute below 1), returned in the dtype that was passed; differentiable.
     """
     dtype = torch.promote_types(*(x.dtype if torch.is_tensor(x) else torch.double for x in (log_F, log_p)))
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
@@ -107,8 +105,7 @@ def kl_to_bon(kl_to_ref, mean_log_F, N):
 def effective_N(mean_log_F):
     """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
 
-    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. N is 1 for π_ref, below 1 for a worse
-    policy.
+    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. It is 1 for π_ref, less for worse ones.
     """
     return -1 / mean_log_F
 
@@ -116,8 +113,7 @@ def effective_N(mean_log_F):
 def excess_kl(kl_to_ref, mean_log_F):
     """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats: `kl_to_bon` where N is `effective_N`.
 
-    As E[log F] is −1/N there, it is KL(π_θ ‖ π_ref) less `bon_kl(N)`: what a policy pays above the least
-    price of acting like that Best-of-N. The exact value is never negative; an estimate may be.
+    As E[log F] is −1/N there, it is KL(π_θ ‖ π_ref) less `bon_kl(N)`. An estimate may be negative.
     """
     return kl_to_ref - bon_kl(effective_N(mean_log_F))
 
@@ -128,7 +124,7 @@ ESTIMATORS = ("log_mean", "add_one", "posterior")
 def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     """Monte Carlo estimate of log F(y) = log P(r(y') < r(y)), y' ~ π_ref, from M samples (Eq. 6, 7).
 
-    rewards: (...). ref_rewards: (..., M), or (M,) for all, of the same prompt. Returns log F̂ (...), float64,
+    rewards: (...). ref_rewards: (..., M) of the same prompt, or (M,) for all. Returns log F̂ (...), float64,
     nats. With k = #{m : r'_m < r}:
       "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
       "add_one"    log((k+1)/(M+1))  the authors' code. always finite, and so the default
@@ -171,17 +167,17 @@ def ranks(rewards, ref_rewards):
     """How many of a prompt's M samples lie below each of R responses to it, a tie counting half: rewards
     (..., R), ref_rewards (..., M) -> (..., R), float64."""
     ref_rewards = ref_rewards.sort(-1).values
-    below, not_above = (torch.searchsorted(ref_rewards, rewards, right=right) for right in (False, True))
-    return (below + not_above).double() / 2
+    below = torch.searchsorted(ref_rewards, rewards)
+    return (below + torch.searchsorted(ref_rewards, rewards, right=True)).double() / 2
 
 
 def policy_log_F(k, M):
     """log F̂ of a policy's responses, for their mean: ranks k (...) among M samples -> (...), float64, nats.
 
     `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
-    Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives: right for every
-    Best-of-N, near enough for what lies between. M samples tell no a above 10 M from others. Ties bias it: if
-    a fifth of the rewards are one value, π_ref has an effective N of 1.07.
+    Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives, 10 M at most:
+    right for every Best-of-N, near enough for what lies between. Ties bias it: if a fifth of the rewards are
+    one value, π_ref has an effective N of 1.07.
     """
     a = 1.0
     for _ in range(200):
@@ -195,9 +191,9 @@ def policy_log_F(k, M):
 def fit_log_F(ref_rewards):
     """The paper's smoothing of log F for summarization (§6): least squares of −a·exp(−b·r), a, b > 0.
 
-    The curve is fitted to (sorted rewards, log F̂ by add_one). ref_rewards: (..., M). Returns a, b, each
-    (...), float64. For a given b the best a has a closed form, so that only b is searched for, on a grid
-    whose steps of 5 % are finer than the noise of F̂. Raises ValueError for M < 3 or a non-finite reward.
+    ref_rewards: (..., M), whose log F̂ is that of add_one. Returns a, b, each (...), float64. For a given b
+    the best a has a closed form; b is taken from a grid, whose steps of 5 % are finer than the noise of F̂.
+    Raises ValueError for M < 3 or a non-finite reward.
     """
     r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
     M = r.shape[-1]
@@ -229,14 +225,13 @@ def shared_log_F(ref_rewards, features=None):
 
     All rewards are ranked together, and the ranks read as normal quantiles z. `location_scale` says where the
     z of a prompt lie and, from all prompts, how they spread: a guess G of its F that needs no sample of it.
-    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), as if κ
-    samples of the guess lay above y wherever y is, so that G counts most in the tail. κ is what predicts
-    either half of the samples best from the other: 0 (nearly `add_one`) where prompts are unlike.
+    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), so that G
+    counts most in the tail. κ is what predicts either half of the samples best from the other: 0 (nearly
+    `add_one`) where prompts are unlike.
 
     ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart; their ranks
-    count. rewards: (n,). prompt: (n,), indices. log F̂: (n,), float64, finite, never falling where the reward
-    rises. An increasing map of all rewards changes nothing. Ours: the paper leaves it to future work (§5.1).
-    Raises ValueError for a NaN, or where no prompt has a sample.
+    count. rewards: (n,). prompt: (n,), indices. log F̂: (n,), float64, finite, monotone in the reward; only
+    ranks enter. Ours: the paper leaves it to future work (§5.1). Raises ValueError for a NaN, or no sample.
     """
     r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
     P, n, pool = len(ref_rewards), len(r), r.sort().values
@@ -351,26 +346,23 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 RECIPES = {
     "toy": dict(
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
-        train_prompts=4, test_prompts=512, test_M=10_000,
+        train_prompts=4, test_M=10_000,
         episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, critic_every=0, lam=1.0,
-        value_coef=1.0, lr=1e-3, lr_schedule="linear", adam_eps=1e-8, token_step=0.0, unfrozen_layers=-1,
-        sample_batch=512, save_every=20),
+        value_coef=1.0, lr=1e-3, adam_eps=1e-8, token_step=0.0, unfrozen_layers=-1, sample_batch=512),
     "imdb": dict(
         ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
         N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
-        train_prompts=5000, test_prompts=512, test_M=200,
-        episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=1, critic_every=2, lam=0.8, value_coef=1.0,
-        lr=1.25e-4, lr_schedule="linear", adam_eps=1e-8, token_step=1 / 16, unfrozen_layers=2,
-        sample_batch=512, save_every=25),
+        train_prompts=5000, test_M=200,
+        episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=1, critic_every=2, lam=0.8,
+        value_coef=1.0, lr=1.25e-4, adam_eps=1e-8, token_step=1 / 16, unfrozen_layers=2, sample_batch=512),
     "tldr": dict(
         ref="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
         dataset="vwxyzjn/summarize_from_feedback_tldr_3_filtered",
         N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
-        train_prompts=5000, test_prompts=512, test_M=200,
-        episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, critic_every=0, lam=0.95, value_coef=0.2,
-        lr=3e-6, lr_schedule="linear", adam_eps=1e-5, token_step=0.0, unfrozen_layers=2, sample_batch=64,
-        save_every=25),
+        train_prompts=5000, test_M=200,
+        episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, critic_every=0, lam=0.95,
+        value_coef=0.2, lr=3e-6, adam_eps=1e-5, token_step=0.0, unfrozen_layers=2, sample_batch=64),
 }
 
 
@@ -390,18 +382,17 @@ class Args:
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
-    M: int = flag(200, "samples of π_ref per training prompt; by their ranks vBoN ends at best (N−1)/(4M) "
-                  "nats from BoN; 0, with --estimator shared: none but to 256 other prompts, to learn from")
+    M: int = flag(200, "samples of π_ref per training prompt: vBoN ends (N−1)/(4M) nats from BoN, at best; "
+                  "0, with --estimator shared: none but to 256 other prompts")
     estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r); shared lets prompts learn "
-                          "from each other and from the reward of the bare prompt, so that a smaller M does",
-                          (*ESTIMATORS, "smooth", "shared"))
+                          "from each other: a smaller M does", (*ESTIMATORS, "smooth", "shared"))
     beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1)")
 
     ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
     reward: str = flag(None, "reward model: a hub name or folder, a classifier with one logit or two labels")
     dataset: str = flag(None, "prompts: a hub name, folder or .jsonl file with `prompt`, or `text` to cut up")
     train_prompts: int = flag(None, "number of training prompts")
-    test_prompts: int = flag(None, "number of test prompts")
+    test_prompts: int = flag(512, "number of test prompts")
     test_M: int = flag(None, "samples of π_ref per test prompt, which a policy is measured against")
     max_new_tokens: int = flag(None, "longest response, in tokens")
     test_responses: int = flag(8, "responses of π_θ per test prompt")
@@ -415,11 +406,9 @@ class Args:
     critic_every: int = flag(None, "the critic is the reward of the text so far, read every K tokens; 0 for "
                              "the paper's critic, a value head on the policy")
     lam: float = flag(None, "λ of generalized advantage estimation")
-    clip: float = flag(0.2, "clip range of the policy ratio and of the values")
     value_coef: float = flag(None, "weight of the value loss, which there is with --critic-every 0")
-    reward_clip: float = flag(10.0, "terminal rewards are clipped to ± this (not bound1's, which hold log p)")
     lr: float = flag(None, "AdamW's learning rate")
-    lr_schedule: str = flag(None, "constant, or linear decay to zero", ("constant", "linear"))
+    lr_schedule: str = flag("linear", "constant, or linear decay to zero", ("constant", "linear"))
     adam_eps: float = flag(None, "AdamW's ε")
     token_step: float = flag(None, "share of the natural gradient's whole step that the bias of each token "
                              "takes in a phase; 0 for no bias")
@@ -435,14 +424,13 @@ class Args:
     samples: str = flag(None, "file of π_ref's samples, read and extended; default in samples/")
     out: str = flag(None, "folder of this run; default runs/<task>-<objective>-…-seed<seed>")
     overwrite: bool = flag(False, "replace a finished run in --out")
-    save_every: int = flag(None, "phases between checkpoints; 0 for none")
+    save_every: int = flag(25, "phases between checkpoints; 0 for none")
     resume: bool = flag(False, "go on from the last checkpoint in --out; it ends as if it had never stopped")
 
     recipes = RECIPES  # not a field: bon_baselines.py has its own
 
     def __post_init__(self):
         self.started = time.perf_counter()
-        need(self.task in self.recipes, f"--task {self.task}: choose from {', '.join(self.recipes)}")
         for name, value in self.recipes[self.task].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -457,12 +445,12 @@ class Args:
         if self.beta is None and self.N > 1:
             self.beta = 1 / (self.N - 1)
         need(self.objective != "rlhf" or self.beta is not None, "--objective rlhf needs --beta, or N above 1")
-        self.kl_coef = self.beta if self.objective == "rlhf" else 1 / self.N
         need(self.objective != "bound1" or self.estimator != "log_mean", "--estimator log_mean may be −inf, "
              "and bound1's rewards are not clipped: use another")
-        if self.out is None:
-            strength = f"beta{self.beta:g}" if self.objective == "rlhf" else f"N{self.N}-M{self.M}"
-            self.out = f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+        self.kl_coef, strength = 1 / self.N, f"N{self.N}-M{self.M}"
+        if self.objective == "rlhf":
+            self.kl_coef, strength = self.beta, f"beta{self.beta:g}"
+        self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
 
 
 # ========== 3. Sampling: decoding with a KV cache ===========================================================
@@ -500,14 +488,13 @@ def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
     """Logits (B, keep, V) and last hidden states (B, keep, H) at the last `keep` positions; the trunk.
 
     ids: (B, T), any tokens. mask (B, cached + T): false on padding; with a cache, ids are what it lacks yet.
-    Prompt positions that no loss needs never pass through the LM head, whose V logits a position are the peak
-    of memory. The trunk (B, T, H) is what enters the top K layers; given one, only these run (section 10).
+    Other positions never pass through the LM head, whose V logits each are the peak of memory. The trunk
+    (B, T, H) is what enters the top K layers; given one, only these run (section 10).
     """
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
     def keep_hidden(_, inputs):
-        # Contiguous, since a slice would make the head run B small products instead of a large one.
-        hidden.append(inputs[0].contiguous())
+        hidden.append(inputs[0].contiguous())  # of a slice the head would make B small products
         return hidden[0]
     with hooked(lm.get_output_embeddings(), keep_hidden), top_layers(lm, K, trunk) as entered:
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
@@ -542,8 +529,8 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
     """Samples B = P·copies responses, `copies` to each of P prompts. Returns a Rollout.
 
     prompts: P lists of token ids. uniforms (B, T): the random number behind each token, rows grouped by
-    prompt. So a response depends on its own row alone (up to rounding), whatever else is in the batch. Each
-    prompt is read once and its cache shared out to its copies; rows leave the batch as soon as they end.
+    prompt: a response depends on its own row alone, up to rounding. Each prompt is read once for all of its
+    copies; rows leave the batch as soon as they end.
     """
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, attention = pad(prompts, eos, "left", device)
@@ -582,6 +569,9 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
 
 
 # ========== 4. PPO ==========================================================================================
+
+CLIP = 0.2          # range of the policy ratio and of the values
+REWARD_CLIP = 10.0  # terminal rewards lie within ± this
 
 
 def masked_mean(x, mask):
@@ -629,7 +619,7 @@ def read_unfinished(task, prompts, rollout, ref_rewards, every):
     every `every`-th token of a response; 0 at the others.
 
     It is the rank k of that reward among the prompt's M as a normal quantile, u = Φ⁻¹((k+½)/(M+1)): no scale
-    enters, and it is linear where log F changes most. ref_rewards: (B, M).
+    enters. ref_rewards: (B, M).
     """
     tokens, M = token_lists(rollout), ref_rewards.shape[1]
     cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
@@ -646,9 +636,9 @@ def read_unfinished(task, prompts, rollout, ref_rewards, every):
 def fit_values(u, returns, mask, every, sums, decay=15 / 16):
     """V (B, T), without learning a network: of each block of `every` tokens a cubic in u, fitted to returns.
 
-    The least squares are those of earlier phases, as a baseline must not know the returns that it is taken
-    from; only a block that is new is fitted to its own. `sums` (blocks, 4, 5) holds [XᵀX | Xᵀy] of X = 1, u,
-    u², u³, each phase with `decay` times the weight of the next. It is updated in place.
+    The returns are those of earlier phases, as a baseline must not know what it is taken from; only a block
+    that is new is fitted to its own. `sums` (blocks, 4, 5), updated in place, holds [XᵀX | Xᵀy] of X = 1, u,
+    u², u³, each phase with `decay` times the weight of the next.
     """
     x = torch.stack([torch.ones_like(u), u, u ** 2, u ** 3], -1)[:, ::every]
     y = torch.cat([x, returns[:, ::every, None]], -1)
@@ -678,8 +668,7 @@ def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
     The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
     these places: b_a moves by a `share` of the quotient over kl_coef, which would be the whole step to the
     optimum. Plain gradients follow the frequent words: on stored samples this direction gains fifty times
-    as much reward for its KL. A word seen less than share·prior times in a phase moves less, for what it
-    earned is mostly noise.
+    as much reward for its KL. A word seen less than share·prior times in a phase moves less: it is noisy.
 
     counts (V,): the running mean of how often each token is drawn in a phase, zeros at first, updated in
     place. hidden (n, H): what the output layer is given. The bias goes into its weight, as b vᵀ with
@@ -711,19 +700,18 @@ def log_F_of(scores, ref_rewards, args):
     """log F̂ of scores (...) from the rewards (..., M) of π_ref's samples. Zeros for rlhf, which has no F."""
     if args.objective == "rlhf":
         return torch.zeros_like(scores)
-    if args.estimator == "shared":  # ref_rewards are what `share_samples` returned
-        return estimate_log_F(scores, ref_rewards, "add_one")
-    if args.estimator != "smooth":
-        return estimate_log_F(scores, ref_rewards, args.estimator)
-    # The fit is the same wherever 0 is; about the mean nothing overflows.
-    centre = ref_rewards.mean(-1, keepdim=True)
-    return smooth_log_F(scores - centre.squeeze(-1), *fit_log_F(ref_rewards - centre))
+    if args.estimator == "smooth":
+        # The fit is the same wherever 0 is; about the mean nothing overflows.
+        centre = ref_rewards.mean(-1, keepdim=True)
+        return smooth_log_F(scores - centre.squeeze(-1), *fit_log_F(ref_rewards - centre))
+    # For "shared", ref_rewards are the quantiles that `share_samples` returned.
+    return estimate_log_F(scores, ref_rewards, "add_one" if args.estimator == "shared" else args.estimator)
 
 
 def terminal_reward(scores, log_F, log_p, args):
     """The objective's terminal reward, clipped. args.kl_coef is what its KL penalty is multiplied by."""
     reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
-    limit = math.inf if args.objective == "bound1" else args.reward_clip  # bound1's log p is always large
+    limit = math.inf if args.objective == "bound1" else REWARD_CLIP  # bound1's log p is always large
     return reward.clamp(-limit, limit)
 
 
@@ -731,18 +719,18 @@ def terminal_reward(scores, log_F, log_p, args):
 def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
 
-    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or the sums of
-    `fit_values`. Returns the Rollout and metrics.
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, which has the
+    sums of `fit_values`. Returns the Rollout and metrics.
     """
-    start, (B, T), K = time.perf_counter(), (len(prompts), args.max_new_tokens), args.unfrozen_layers
+    start, B, K = time.perf_counter(), len(prompts), args.unfrozen_layers
 
     # Sample. Decoding has log-probs, values and the trunk at hand: none of them is computed twice.
-    uniforms = torch.rand(B, T, generator=generator, device=args.device)
+    uniforms = torch.rand(B, args.max_new_tokens, generator=generator, device=args.device)
     with autocast(args):
         rollout = generate(policy, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
                            args.temperature, None if args.critic_every else critic, K)
-    responses = decode(task, prompts, token_lists(rollout))
-    mask, sampled = rollout.mask, time.perf_counter()
+    responses, mask = decode(task, prompts, token_lists(rollout)), rollout.mask
+    sampled = time.perf_counter()
 
     # log π_ref of the same tokens.
     with autocast(args):
@@ -764,7 +752,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     if args.critic_every:
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
-        values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic)
+        values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic.sums)
         rollout.values = values.to(rewards)
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
@@ -794,19 +782,20 @@ def rollout_metrics(rollout, kls, scores, ref_rewards, N):
     return metrics
 
 
-def update(policy, critic, optimizer, rollout, args, generator, counts=None):
+def update(policy, critic, optimizer, rollout, args, generator):
     """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
-    start, B, losses, K = time.perf_counter(), len(rollout.tokens), [], args.unfrozen_layers
+    start, losses = time.perf_counter(), []
     for _ in range(args.ppo_epochs):
         hidden_states = []
-        order = torch.randperm(B, generator=generator, device=args.device)
+        order = torch.randperm(len(rollout.tokens), generator=generator, device=args.device)
         for rows in order.split(args.minibatch // processes()):
             batch = rollout[rows]
             with autocast(args):
-                log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature, K)
+                log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature,
+                                                          args.unfrozen_layers)
                 values = batch.values if args.critic_every else critic(hidden).squeeze(-1).float()
-            pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, args.clip)
-            vf = value_loss(values, batch.values, batch.returns, batch.mask, args.clip)
+            pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, CLIP)
+            vf = value_loss(values, batch.values, batch.returns, batch.mask, CLIP)
             optimizer.zero_grad()
             (pg + args.value_coef * vf).backward()
             average_gradients(optimizer)
@@ -815,16 +804,16 @@ def update(policy, critic, optimizer, rollout, args, generator, counts=None):
             with torch.no_grad():
                 log_ratio = torch.where(batch.mask, log_probs - batch.log_probs, 0.0)
                 kl = masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask)
-                clipped = masked_mean((torch.expm1(log_ratio).abs() > args.clip).float(), batch.mask)
+                clipped = masked_mean((torch.expm1(log_ratio).abs() > CLIP).float(), batch.mask)
                 losses.append(torch.stack([pg, vf, kl, clipped]))
-    if counts is not None:
-        share = args.token_step * optimizer.param_groups[0]["lr"] / args.lr
-        step_token_bias(policy.get_output_embeddings(), torch.cat(hidden_states), rollout, counts, share,
-                        args.kl_coef)
+    lr = optimizer.param_groups[0]["lr"]
+    if args.token_step:
+        output, share = policy.get_output_embeddings(), args.token_step * lr / args.lr
+        step_token_bias(output, torch.cat(hidden_states), rollout, output.counts, share, args.kl_coef)
     check_weights(optimizer)
     pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
     return {"ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
-            "ppo/lr": optimizer.param_groups[0]["lr"], "time/update": time.perf_counter() - start}
+            "ppo/lr": lr, "time/update": time.perf_counter() - start}
 
 
 # ========== 5. The training loop ============================================================================
@@ -835,15 +824,11 @@ def train(args):
     task = setup(args)
     torch.manual_seed(args.seed)
     policy, critic = make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    trained, kept, counts = [*policy.parameters(), *critic.parameters()], [], None
-    if args.critic_every:  # no network is trained for the values: the sums of `fit_values` are the critic
-        critic = torch.zeros(math.ceil(args.max_new_tokens / args.critic_every), 4, 5, dtype=torch.double)
-        trained, kept = policy.parameters(), [critic]
-    if args.token_step:
-        output = policy.get_output_embeddings().weight
-        counts = torch.zeros(len(output), dtype=torch.double)
-        kept += [output, counts]
-    lock = hold_folder(args)  # noqa: F841, held until this function ends
+    # What is learned beside the optimizer's parameters, in place: by `fit_values` and `step_token_bias`.
+    critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
+    output = policy.get_output_embeddings()
+    learned = [critic.sums] + ([output.weight, output.counts] if args.token_step else [])
+    lock = take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
     clock = time.perf_counter()
@@ -851,12 +836,11 @@ def train(args):
     result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
     world = open_run(args, task, ref_rewards)  # the toy's exact world, else None
 
-    optimizer = make_optimizer(trained, args)
+    optimizer = make_optimizer([*policy.parameters(), *critic.parameters()], args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
-    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, kept)
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, learned)
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
-    with (open(metrics_file(args), "a", encoding="utf-8") as log,
-          tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar):
+    with tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar:
         for phase in range(done, phases):
             set_learning_rate(optimizer, args, phase / phases)
 
@@ -865,20 +849,18 @@ def train(args):
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
 
             rollout, metrics = collect(policy, critic, task, prompts, prompt_rewards, args, generator)
-            metrics |= update(policy, critic, optimizer, rollout, args, generator, counts)
+            metrics |= update(policy, critic, optimizer, rollout, args, generator)
             metrics["episode"] = (phase + 1) * args.rollouts
 
             if world and is_milestone(phase, phases):
                 exact = world.report(policy, metrics["episode"])
                 metrics |= exact
                 result |= exact
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            log_metrics(args, metrics)
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, task, phase + 1, optimizer, generator, kept)
-            shown = {"reward": "reward", "KL to π_ref": "kl_to_ref", "KL to π_bon": "kl_to_bon"}
-            bar.set_postfix({name: f"{metrics['objective/' + key]:.2f}" for name, key in shown.items()
-                             if "objective/" + key in metrics}, refresh=False)
+                save_checkpoint(args, task, phase + 1, optimizer, generator, learned)
+            shown = [key for key in ("reward", "kl_to_ref", "kl_to_bon") if "objective/" + key in metrics]
+            bar.set_postfix({key: f"{metrics['objective/' + key]:.2f}" for key in shown}, refresh=False)
             bar.update(args.rollouts)
 
     metrics, samples = evaluate_policy(policy, task, ref_rewards, args)
@@ -897,10 +879,7 @@ def evaluate_policy(policy, task, ref_rewards, args):
 @torch.no_grad()
 def sample_policy(policy, task, args):
     """test_responses of π_θ to each of P test prompts, prompt by prompt, as texts, and KL(π_θ ‖ π_ref) along
-    each in nats: two lists.
-
-    The KL is summed over the vocabulary at every token, with far less variance than the tokens' log-ratio.
-    """
+    each in nats: two lists."""
     generator, R = torch.Generator(args.device).manual_seed(args.seed), args.test_responses
     at_once, responses, kls = max(1, args.rollouts // R), [], []
     for start in tqdm(range(0, len(task.test_prompts), at_once), desc="test", leave=False):
@@ -916,7 +895,8 @@ def sample_policy(policy, task, args):
 
 
 def response_kls(policy, ref, batch, args):
-    """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats."""
+    """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats. It has far
+    less variance than the log-ratio of the tokens."""
     log_pi, log_ref = (
         heated(forward(lm, batch.input_ids, batch.attention_mask, batch.tokens.shape[1], None,
                        args.unfrozen_layers, batch.trunk)[0], args.temperature).log_softmax(-1)
@@ -964,8 +944,7 @@ def test_metrics(task, responses, kls, ref_rewards, args):
 # ========== 7. The toy: a world small enough to be known exactly ============================================
 # A tiny GPT-2 learns to finish "the acting was" with a verdict such as "very superb ." or "slow but moving ."
 # The full stop is EOS. With 18 words and at most 4 tokens there are 111 151 possible responses to each
-# prompt, so that π_ref, F, π_bon and every distance between distributions are known exactly. Training sees
-# none of that: it works from the M samples like the real tasks.
+# prompt, so that every distance between distributions is known exactly. Training sees the M samples only.
 
 
 @dataclass
@@ -1076,26 +1055,26 @@ class ExactWorld:
         F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
         self.log_F = F.clamp(min=0).log()
         self.log_bon = log_bon_pmf(self.log_F, self.log_ref, args.N)
-
-    def log_probs(self, lm):
-        """log π(y) of every response to every prompt, (P, S)."""
-        return torch.stack([self.walk(lm, ids) for ids in self.prompts])
+        self.aim = {}  # how near perfect training would come, for result.json
 
     @torch.no_grad()
-    def walk(self, lm, prompt_ids):
-        """The same for one prompt, (S,): after t words EOS ends a response, or one of W words extends it."""
-        W, eos = len(TOY_WORDS), len(TOY_WORDS)
-        prefixes, log_p, ended = torch.empty(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.double), []
-        for _ in range(self.args.max_new_tokens):
-            ids = torch.cat([torch.tensor(prompt_ids).expand(len(prefixes), -1), prefixes], 1)
-            logits = torch.cat([lm(input_ids=chunk, logits_to_keep=1).logits[:, 0].float()
-                                for chunk in ids.to(self.args.device).split(8192)])
-            step = logits.div(self.args.temperature).log_softmax(-1).cpu().double() + log_p.unsqueeze(1)
-            ended.append(step[:, eos])
-            log_p = step[:, :W].flatten()
-            words = torch.arange(W).repeat(len(prefixes)).unsqueeze(1)
-            prefixes = torch.cat([prefixes.repeat_interleave(W, 0), words], 1)
-        return torch.cat(ended + [log_p])
+    def log_probs(self, lm):
+        """log π(y) of every response to every prompt, (P, S)."""
+        W = len(TOY_WORDS)  # and the token after the words is EOS
+
+        def walk(ids):
+            """From a prompt (1, L): after t words EOS ends a response, or one of W words extends it."""
+            log_p, ended = torch.zeros(1, dtype=torch.double), []
+            for _ in range(self.args.max_new_tokens):
+                logits = torch.cat([lm(input_ids=chunk, logits_to_keep=1).logits[:, 0].float()
+                                    for chunk in ids.to(self.args.device).split(8192)])
+                step = logits.div(self.args.temperature).log_softmax(-1).cpu().double() + log_p.unsqueeze(1)
+                ended.append(step[:, W])
+                log_p = step[:, :W].flatten()
+                words = torch.arange(W).repeat(len(ids)).unsqueeze(1)
+                ids = torch.cat([ids.repeat_interleave(W, 0), words], 1)
+            return torch.cat(ended + [log_p])
+        return torch.stack([walk(torch.tensor([prompt])) for prompt in self.prompts])
 
     def metrics(self, log_pi):
         """Exact distances, reward and win rate of log_pi (P, S), means over prompts."""
@@ -1113,7 +1092,7 @@ class ExactWorld:
     def optimum(self, ref_rewards):
         """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef).
 
-        Its distance from π_bon is the price of the estimate, (N−1)/(4M) nats or so, or of another objective.
+        Its distance from π_bon is the price of the estimate, about (N−1)/(4M) nats, or of the objective.
         """
         log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.texts])
         reward = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
@@ -1173,7 +1152,7 @@ def token_lists(rollout):
 
 def decode(task, prompts, responses):
     """Token ids of responses as texts, just as they follow the prompt: some tokenizers drop a leading space
-    otherwise. EOS leaves no trace, unless the reward must see it (task.end)."""
+    otherwise. EOS leaves no trace but task.end."""
     def text(ids):
         return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
@@ -1191,14 +1170,11 @@ def load(what, loader, name, device):
     with reading(f"cannot load --{what} {name} (a folder has config.json, tokenizer.json, weights)"):
         model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    # The library makes missing weights up at random, leaves out layers that config.json does not count, and
-    # takes a folder without tokenizer.json for a tokenizer without words.
-    vocabulary, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
-    layers = getattr(model.config, "num_hidden_layers", math.inf)
-    unused = [int(n) for key in info["unexpected_keys"] for n in re.findall(r"\.(\d+)\.", key)]
+    # The library makes missing weights up at random, and takes a folder without tokenizer.json for a
+    # tokenizer without words.
     missing = ", ".join(sorted(info["missing_keys"])[:4])
     need(not missing, f"--{what} {name} lacks the weights {missing}: it is no such model")
-    need(max(unused, default=-1) < layers, f"--{what} {name} has more layers than its config.json, {layers}")
+    vocabulary, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
     words = set(vocabulary) - set(tokenizer.all_special_tokens)
     need(words, f"--{what} {name}: its tokenizer knows no words, is tokenizer.json missing?")
     need(max(vocabulary.values()) < embeddings, f"--{what} {name}: its tokenizer has more tokens than it")
@@ -1208,7 +1184,7 @@ def load(what, loader, name, device):
 @torch.no_grad()
 def check_sampler(lm, eos, args):
     """Refuses a model for which padded, cached decoding, or the shared trunk, gives other log-probs than a
-    plain pass. Recurrent models take padding into their state; others keep caches or layers unlike it."""
+    plain pass: recurrent models, which take padding into their state, and others."""
     numbers, K = torch.Generator().manual_seed(0), args.unfrozen_layers
     vocabulary = len(lm.get_input_embeddings().weight)
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
@@ -1228,11 +1204,9 @@ def check_sampler(lm, eos, args):
 
 
 def load_reward(name, device, end="", without_end=None):
-    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it.
-
-    The reward is its one logit, or the probability of the positive of its two labels. With `end`, responses
-    whose text does not end so earn the fixed reward `without_end`.
-    """
+    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it: its one
+    logit, or the probability of the positive of its two labels. With `end`, responses whose text does not
+    end so earn `without_end`."""
     from transformers import AutoModelForSequenceClassification
     model, tokenizer = load("reward", AutoModelForSequenceClassification, name, device)
     labels = {str(label).upper()[:3]: i for i, label in model.config.id2label.items()}
@@ -1293,13 +1267,12 @@ def read_prompts(args, tokenizer, longest):
     datasets.disable_progress_bars()
     with reading(f"cannot load --dataset {args.dataset} (or pass a folder or a .jsonl file)"):
         is_file = args.dataset.endswith((".jsonl", ".json"))
-        splits = datasets.load_dataset(*(("json", None, None, args.dataset) if is_file else (args.dataset,)))
-    need("train" in splits, f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
-    train = splits["train"]
-    need(len(train) >= 2, f"--dataset {args.dataset} has {len(train)} training rows: at least two are needed")
-    kept = len(train) - max(1, len(train) // 10)
-    if "test" not in splits:
-        splits = {"train": train.select(range(kept)), "test": train.select(range(kept, len(train)))}
+        kind, files = ("json", args.dataset) if is_file else (args.dataset, None)
+        splits = datasets.load_dataset(kind, data_files=files)
+        need("train" in splits, f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
+        if "test" not in splits:
+            tenth = max(1, len(splits["train"]) // 10)
+            splits = splits["train"].train_test_split(tenth, shuffle=False)
     rng = random.Random(args.data_seed)
 
     def draw(split, number, related=None):
@@ -1311,8 +1284,8 @@ def read_prompts(args, tokenizer, longest):
             prompt = make_prompt(rows[i], tokenizer, longest, rng)
             if prompt is not None and related in (None, in_distribution(prompt)):
                 prompts.append(prompt)
-        kind = {None: "", True: " of r/" + ", r/".join(IN_DISTRIBUTION), False: " of others"}[related]
-        need(prompts or number == 0, f"--dataset {args.dataset} gave no prompt{kind} for the {split} split")
+        what = "prompt" if related is None else "post of the subreddits that --task tldr takes"
+        need(prompts or number == 0, f"--dataset {args.dataset} has no {what} in its {split} split")
         return prompts
     others = 0 if args.M else OTHERS[0]
     if args.task != "tldr":
@@ -1326,13 +1299,11 @@ def read_prompts(args, tokenizer, longest):
 def make_prompt(row, tokenizer, longest, rng):
     """The prompt of a row: its `prompt`; a Reddit post to be summarized; or 2 to 8 tokens of its `text`.
     None where these tokens make no faithful prompt."""
-    def has(*names):
-        return all(isinstance(row.get(name), str) for name in names)
-    if has("prompt"):
+    if isinstance(row.get("prompt"), str):
         return row["prompt"]
-    if has("subreddit", "title", "post"):
+    if "post" in row:
         return tldr_prompt(row, tokenizer, longest)
-    need(has("text"), "--dataset has a row without a string `prompt` or `text`, only " + ", ".join(row))
+    need(isinstance(row.get("text"), str), f"--dataset has a row without a string `prompt` or `text`: {row}")
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
     # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
@@ -1369,13 +1340,12 @@ def reference_samples(task, args, keep_tokens=False):
 
     Returns {(split, prompt): (M,) float64, ascending}; with keep_tokens {(split, prompt): (rewards as drawn,
     lists of token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them,
-    then a line for every batch of prompts. A second run reads them; one with a larger M or more prompts, or
-    one that was killed, adds what is missing. The samples of a prompt depend on --data-seed, the split and
-    the prompt alone. Objective rlhf, which has no F, needs none for training but for --critic-every. With
-    --estimator shared the training prompts' rewards are those of `share_samples`.
+    then a line for every batch of prompts. What a file lacks, as a larger M asks for more or a run was
+    killed, is added to it. The samples of a prompt depend on --data-seed, the split and the prompt alone.
+    With --estimator shared the training prompts' rewards are those of `share_samples`.
     """
     path, header = samples_file(task, args)
-    needs_F = args.objective != "rlhf" or args.critic_every
+    needs_F = args.objective != "rlhf" or args.critic_every  # to train on
     share = args.estimator == "shared" and needs_F and not keep_tokens and task.train_prompts
     wanted = {("train", p): args.M if needs_F else 0 for p in task.train_prompts}
     if share:
@@ -1394,8 +1364,7 @@ def reference_samples(task, args, keep_tokens=False):
             write_line(path, header, line)
             add_line(line, rewards, tokens, keep_tokens)
     finally:
-        if lock:
-            lock.release()
+        lock.release()
 
     def first(key, M):
         r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
@@ -1407,9 +1376,8 @@ def reference_samples(task, args, keep_tokens=False):
 def share_samples(ref_rewards, Q=1000):
     """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it.
 
-    Whatever ranks a reward among a prompt's M samples then ranks it as if M were Q: log F̂, the critic that
-    reads unfinished texts, the metrics of training. The feature is the reward of the bare prompt. M may be 0:
-    a stream of prompts, each seen once or twice, needs no samples of its own.
+    Whatever ranks a reward among a prompt's M samples then ranks it as if M were Q. The feature is the reward
+    of the bare prompt. M may be 0: a stream of prompts needs no samples of its own.
     """
     prompts = [prompt for split, prompt in ref_rewards if split == "train"]
     samples, bare = ([ref_rewards[split, p] for p in prompts] for split in ("train", "empty"))
@@ -1436,8 +1404,8 @@ def samples_file(task, args):
 def draw_missing(task, args, wanted, rewards, path):
     """Draws and scores what is missing, and yields it as lines for the file.
 
-    Rounding differs between batches of other shapes. So batches are drawn and written whole: what a killed
-    run leaves to do is the rest of the same order, and the file ends with the same bytes.
+    Rounding differs between batches of other shapes. So batches are written whole: what a killed run leaves
+    to do is the rest of the same order, and the file ends with the same bytes.
     """
     def have(key):
         return len(rewards.get(key, ()))
@@ -1446,29 +1414,24 @@ def draw_missing(task, args, wanted, rewards, path):
                      key=lambda key: (order(key[0]), have(key), len(task.encode(key[1])), key))
     if not missing:
         return
-    at_once, batches = 16_384 if args.backend == "vllm" else args.sample_batch, []
+    by_vllm, batches = args.backend == "vllm", []
+    at_once = 16_384 if by_vllm else args.sample_batch
     for (split, start), keys in itertools.groupby(missing, lambda key: (key[0], have(key))):
         prompts = [prompt for _, prompt in keys]
         M = wanted[split, prompts[0]]
         size = max(1, at_once // M)
         batches += [(split, prompts[i:i + size], start, M) for i in range(0, len(prompts), size)]
     total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
-    by, begun = "vLLM" if args.backend == "vllm" else "this script", time.perf_counter()
-    print(f"π_ref's samples: {total:,} responses, drawn by {by}")
-    with ((vllm_sampler if args.backend == "vllm" else hand_sampler)(task, args) as sample,
+    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}")
+    with ((vllm_sampler if by_vllm else hand_sampler)(task, args) as sample,
           tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar):
         # Of several processes each draws a batch, and gets the lines of all.
         for i in range(0, len(batches), processes()):
-            mine, drawn = batches[i + rank():i + rank() + 1], 0
+            mine = batches[i + rank():i + rank() + 1]
             for line in gathered(draw_line(task, sample, *mine[0]) if mine else None):
                 if line is not None:
                     yield line
-                    drawn += sum(map(len, line["rewards"]))
-            bar.update(drawn)
-            minutes = (time.perf_counter() - begun) / 60 * total / drawn
-            if i == 0 and minutes > 5:
-                tqdm.write(f"π_ref's samples: about {minutes:.0f} minutes in all; less with a smaller --M or "
-                           "--train-prompts. With --estimator shared --M 32 does.")
+                    bar.update(sum(map(len, line["rewards"])))
 
 
 def draw_line(task, sample, split, prompts, start, M):
@@ -1491,12 +1454,10 @@ def seed_of(*what):
 def hand_sampler(task, args):
     """Yields a function (split, prompts, start, M) -> responses number start … M−1 of π_ref to each
     prompt, as lists of token ids, EOS included."""
-    def uniforms(split, prompt, start, M):
-        generator = np.random.default_rng(seed_of(args.data_seed, split, prompt))
-        return generator.random((M, args.max_new_tokens), np.float32)[start:]
-
     def sample(split, prompts, start, M):
-        rows, ids = torch.from_numpy(np.concatenate([uniforms(split, p, start, M) for p in prompts])), []
+        generators = [np.random.default_rng(seed_of(args.data_seed, split, p)) for p in prompts]
+        uniforms = [g.random((M, args.max_new_tokens), np.float32)[start:] for g in generators]
+        rows, ids = torch.from_numpy(np.concatenate(uniforms)), []
         # Several prompts are one batch; the samples of a single one may be too many for that.
         for part in rows.split(args.sample_batch if len(prompts) == 1 else len(rows)):
             with autocast(args):
@@ -1517,12 +1478,11 @@ def vllm_sampler(task, args):
               max_model_len=context, gpu_memory_utilization=0.5)
 
     def sample(split, prompts, start, M):
-        def params(prompt):  # vLLM adds 0 … n−1 to the seed
-            seed = (seed_of(args.data_seed, split, prompt) >> 3) + start
-            return SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens,
-                                  detokenize=False, seed=seed)
-        requests = llm.generate([{"prompt_token_ids": task.encode(p)} for p in prompts],
-                                [params(p) for p in prompts], use_tqdm=False)
+        seeds = [(seed_of(args.data_seed, split, p) >> 3) + start for p in prompts]  # vLLM adds 0 … n−1
+        params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens,
+                                 detokenize=False, seed=seed) for seed in seeds]
+        prompt_ids = [{"prompt_token_ids": task.encode(p)} for p in prompts]
+        requests = llm.generate(prompt_ids, params, use_tqdm=False)
         return [list(one.token_ids) for request in requests for one in request.outputs]
     try:
         yield sample
@@ -1535,11 +1495,9 @@ def vllm_sampler(task, args):
 
 
 def read_samples(path, header, keep_tokens=False):
-    """{(split, prompt): rewards}, {(split, prompt): token ids} and the bytes of a file's whole lines.
-
-    A last line without its line break was being written when a run was killed: it does not count. Raises
-    UserError where the file was made by other models or settings, or a line is damaged.
-    """
+    """{(split, prompt): rewards}, {(split, prompt): token ids} and the bytes of a file's whole lines: a last
+    one without line break was being written when a run was killed. Raises UserError where the file was made
+    by other models or settings, or a line is damaged."""
     rewards, tokens, size = {}, {}, 0
     if not os.path.exists(path):
         return rewards, tokens, size
@@ -1551,27 +1509,25 @@ def read_samples(path, header, keep_tokens=False):
                 break
             with reading(f"{path}, line {number} is damaged (remove the file, or the line and all after)"):
                 entry = json.loads(line)
-                made_with = {key: entry.get(key) for key in header if number == 1}
                 if number > 1:
                     add_line(entry, rewards, tokens, keep_tokens)
-            for key, value in made_with.items():
-                need(value == header[key], f"{path} was made with {key} = {value!r}, this run has "
-                     f"{header[key]!r}: pass another file with --samples, or remove it")
+                for key, value in header.items() if number == 1 else ():
+                    made = entry.get(key)
+                    need(made == value, f"{path} was made with {key} = {made!r}, this run has {value!r}: "
+                         "pass another file with --samples, or remove it")
             size += len(line)
     return rewards, tokens, size
 
 
 def add_line(line, rewards, tokens, keep_tokens):
-    """Adds one line of the file to what is known of each prompt. Raises ValueError where it does not fit."""
+    """Adds a line of the file to what is known of each prompt. Raises ValueError where it does not fit."""
     columns = (line[name] for name in ("prompts", "rewards", "tokens", "responses"))
     for prompt, new, ids, texts in zip(*columns, strict=True):
         known = rewards.setdefault((line["split"], prompt), [])
-        if len(known) != line["start"] or not len(new) == len(ids) == len(texts):
-            raise ValueError("it does not follow the lines before it")
-        if not all(type(r) in (int, float) and math.isfinite(r) for r in new):
-            raise ValueError("a reward is no finite number")
-        if not all(type(token) is int for row in ids for token in row):
-            raise ValueError("a token is no number")
+        follows = len(known) == line["start"] and len(new) == len(ids) == len(texts)
+        finite = all(type(r) in (int, float) and math.isfinite(r) for r in new)
+        if not (follows and finite and all(type(token) is int for row in ids for token in row)):
+            raise ValueError("it does not follow the lines before it, or what should be a number is none")
         known += new
         if keep_tokens:
             tokens.setdefault((line["split"], prompt), []).extend(ids)
@@ -1586,20 +1542,17 @@ def write_line(path, header, line):
 
 
 # ========== 10. What makes it fast ==========================================================================
-# Each piece is measured against the same phase without it by bench/pieces.py; bench/README.md has the table.
-#   - Decoding knows the log-probs, the values and the trunk of every token: `collect` computes none of them
-#   again. - Policy and π_ref share the frozen layers, which run once (`make_policy`, `top_layers`). - The
-#   loss needs the log-prob of one token in V (`TakenLogProb`). - Each prompt is read once for all of its
-#   samples, and the KV cache has room to grow (`roomy_cache`). - GELU takes one pass over memory
-#   (`with_fused_gelu`), and large tensors stand in large pages (`setup`).
+# bench/pieces.py measures each against the same phase without it; bench/README.md has the table.
+#   Decoding knows the log-probs, values and trunk of every token: `collect` computes none of them again.
+#   Policy and π_ref share the frozen layers, which run once: `make_policy`, `top_layers`.
+#   The loss needs the log-prob of one token in V: `TakenLogProb`.
+#   A prompt is read once for all of its samples, and the KV cache has room to grow: `roomy_cache`.
+#   GELU takes one pass over memory: `with_fused_gelu`. Large tensors stand in large pages: `setup`.
 
 
 def make_policy(ref, K, own_output=False):
-    """π_θ, a copy of π_ref, and its value head, two layers on the last hidden state.
-
-    With K ≥ 1 only the top K layers and what stands behind them (the final norm) are trained; every other
-    tensor is frozen and shared with π_ref, not copied: the two have one trunk. K = −1 trains all.
-    """
+    """π_θ, a copy of π_ref, and its value head. With K ≥ 1 only the top K layers and what stands behind them
+    (the final norm) are trained; every other tensor is frozen and shared with π_ref. K = −1 trains all."""
     ref.requires_grad_(False)
     if K == -1:
         policy = copy.deepcopy(ref).requires_grad_(True)
@@ -1615,8 +1568,9 @@ def make_policy(ref, K, own_output=False):
         for p in policy.parameters():
             p.requires_grad_(id(p) not in shared)
     output = policy.get_output_embeddings()
-    if own_output:  # not shared with the embeddings, or with π_ref
+    if own_output:  # for `step_token_bias`: not shared with the embeddings, or with π_ref
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=K == -1)
+        output.counts = torch.zeros(len(output.weight), dtype=torch.double)
         policy.config.tie_word_embeddings = False
     width = output.weight.shape[1]
     value_head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
@@ -1635,11 +1589,8 @@ def transformer_layers(lm):
 @contextmanager
 def top_layers(lm, K, trunk=None):
     """While in force, a pass through lm puts what enters its top K layers into the list that is yielded;
-    and where a trunk is given, only these layers run, on it.
-
-    The frozen layers give the same activations to π_ref and in each of PPO's epochs, so that they need to run
-    only once, while decoding. The model's own code makes masks and positions: just its list of layers is cut.
-    """
+    and where a trunk is given, only these layers run, on it. The model's own code makes masks and positions:
+    just its list of layers is cut."""
     entered = []
     if K < 1:
         yield entered
@@ -1781,7 +1732,7 @@ def gathered(x):
 def average_gradients(optimizer):
     """Replaces every gradient by its mean over the processes, in one message."""
     if processes() > 1:
-        gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+        gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         for g, total in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -1829,12 +1780,12 @@ def make_optimizer(parameters, args):
 
 
 def set_learning_rate(optimizer, args, progress):
-    """The learning rate after this share of training."""
+    """Sets the learning rate after this share of training."""
     optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
 
 
 def check_weights(optimizer):
-    """Raises UserError before weights that are no numbers, or too large to compute with, can be kept."""
+    """Raises UserError before weights that are no numbers, or too large to compute with, are kept."""
     squares = sum(p.detach().square().sum() for p in optimizer.param_groups[0]["params"])
     need(squares.isfinite(), "the weights are no longer finite: pass a smaller --lr")
 
@@ -1863,37 +1814,25 @@ def check_folder(args):
          f"{args.out} holds a finished run: pass another --out, or --overwrite to replace it")
     if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
         with reading(f"--resume: {args.out}/config.json is damaged, start the run anew"):
-            with open(f"{args.out}/config.json", encoding="utf-8") as file:
-                started = json.load(file).items()
-        for name, value in started:
-            asked = getattr(args, name, None)
-            need(name in PLACES or asked == value or (name, asked) == ("backend", "auto"),
-                 f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
-
-
-def hold_folder(args):
-    """Makes the run's folder, and holds it against other runs as long as what this returns lives."""
-    return take_lock(f"{args.out}/.lock", wait=False)
+            for name, value in json.loads(Path(args.out, "config.json").read_text("utf-8")).items():
+                asked = getattr(args, name, None)
+                need(name in PLACES or asked == value or (name, asked) == ("backend", "auto"),
+                     f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
 
 
 def take_lock(path, wait):
-    """Takes a lock file, which names who holds it, until it is released or the lock is forgotten. Where
-    another run has it: waits for that to end, or raises UserError."""
+    """Takes a lock file until it is released or the lock is forgotten, in the first process for all of them.
+    Where another run has it: waits for that to end, or raises UserError."""
     from filelock import FileLock, Timeout
-    if rank() > 0:
-        return None
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        if rank() == 0:
+            lock.acquire(timeout=0)
     except Timeout:
-        with open(path, encoding="utf-8") as file:
-            holder = file.read() or "another run"
-        need(wait, f"{os.path.dirname(path)} is being written by {holder}: wait, or pass another --out")
-        print(f"{path} is held by {holder}: waiting for it", flush=True)
+        need(wait, f"{os.path.dirname(path)} is being written by another run: wait, or pass another --out")
+        print(f"{path} is held by another run: waiting for it", flush=True)
         lock.acquire()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"process {os.getpid()} of {platform.node()}")
     return lock
 
 
@@ -1901,9 +1840,8 @@ def open_run(args, task, ref_rewards=None):
     """Clears the folder of an earlier run. For the toy returns its exact world, and prints what training
     starts from and, given the samples, aims at."""
     stale = ["result.json", "samples.jsonl"] + ([] if args.resume else ["checkpoint.pt", "metrics.jsonl"])
-    for name in stale:
-        if rank() == 0 and os.path.exists(f"{args.out}/{name}"):
-            os.remove(f"{args.out}/{name}")
+    for name in stale if rank() == 0 else ():
+        Path(args.out, name).unlink(missing_ok=True)
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
     if args.task != "toy":
         return None
@@ -1914,14 +1852,17 @@ def open_run(args, task, ref_rewards=None):
     print(world.row("π_ref", world.metrics(world.log_ref)))
     print(world.row(f"π_bon, N = {args.N}", world.metrics(world.log_bon)))
     if ref_rewards:
-        world.aim = world.metrics(world.optimum(ref_rewards))
-        print(world.row("what training aims at", world.aim))
+        exact = world.metrics(world.optimum(ref_rewards))
+        print(world.row("what training aims at", exact))
+        world.aim = {"exact/kl_to_bon_of_optimum": exact["exact/kl_to_bon"]}
     return world
 
 
-def metrics_file(args):
-    """Where metrics are appended to; of several processes the first one writes, here and in `write_whole`."""
-    return f"{args.out}/metrics.jsonl" if rank() == 0 else os.devnull
+def log_metrics(args, metrics):
+    """Appends a line to the metrics. Of several processes the first one writes, here and below."""
+    if rank() == 0:
+        with open(f"{args.out}/metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
 
 
 def write_whole(path, text):
@@ -1936,8 +1877,7 @@ def save_results(args, task, world, metrics, samples, policy=None):
     """Writes policy and samples, and result.json last: it marks the run as finished. Shows what came out."""
     result = {name: getattr(args, name) for name in ("task", "objective", "N", "beta", "M", "seed")}
     result |= {"seconds": round(time.perf_counter() - args.started, 1)} | metrics
-    if hasattr(world, "aim"):
-        result["exact/kl_to_bon_of_optimum"] = world.aim["exact/kl_to_bon"]
+    result |= world.aim if world else {}
     finite = all(math.isfinite(x) for x in result.values() if isinstance(x, float))
     need(finite, "what the policy gives is no longer finite: pass a smaller --lr")
     if rank() > 0:
@@ -1949,8 +1889,7 @@ def save_results(args, task, world, metrics, samples, policy=None):
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
     write_whole(f"{args.out}/samples.jsonl", "".join(lines))
     write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
-    if os.path.exists(f"{args.out}/checkpoint.pt"):
-        os.remove(f"{args.out}/checkpoint.pt")
+    Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
     if world and policy is not None:
         world.show_responses("before: π_ref (reward)", world.log_ref)
         world.show_responses("after: π_θ, one sample each", world.log_probs(policy))
@@ -1976,19 +1915,19 @@ def save_results(args, task, world, metrics, samples, policy=None):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, task, done, optimizer, generator=None, kept=()):
-    """All that a run needs to go on after `done` steps, of a line of metrics each: weights, their moments,
-    `kept` tensors, the random generator of each process. The rest follows from the seed."""
-    weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *kept)]
+def save_checkpoint(args, task, done, optimizer, generator, learned):
+    """All that a run needs to go on after `done` phases: weights, their moments, the other tensors that are
+    learned, the random generator of each process. The rest follows from the seed."""
+    weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *learned)]
     state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
-             "generators": gathered(generator and generator.get_state())}
+             "generators": gathered(generator.get_state())}
     if rank() == 0:
         torch.save(state, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def load_checkpoint(args, task, optimizer, generator=None, kept=()):
-    """Goes back to the last checkpoint and cuts off later metrics. Returns how many steps were done."""
+def load_checkpoint(args, task, optimizer, generator, learned):
+    """Goes back to the last checkpoint and cuts off later metrics. Returns how many phases were done."""
     path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
     if not (args.resume and os.path.exists(path)):
         write_whole(metrics, "")
@@ -1999,14 +1938,13 @@ def load_checkpoint(args, task, optimizer, generator=None, kept=()):
             lines = file.readlines()[:state["done"]]
         made_by = len(state["generators"])
         need(len(lines) == state["done"], f"--resume: {metrics} has lost lines: remove checkpoint.pt")
-        need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref than {args.ref}")
+        need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref")
         need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
-        with torch.no_grad():
-            for p, saved in zip((*optimizer.param_groups[0]["params"], *kept), state["weights"], strict=True):
-                p.copy_(saved)
+        weights = (*optimizer.param_groups[0]["params"], *learned)
+        for p, saved in zip(weights, state["weights"], strict=True):
+            p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        if generator:
-            generator.set_state(state["generators"][rank()])
+        generator.set_state(state["generators"][rank()])
     write_whole(metrics, "".join(lines))
     print(f"resumed from {path}")
     return state["done"]
@@ -2029,15 +1967,15 @@ def check(args):
     """Raises UserError where a number is out of its range, or where flags do not go together."""
     def inside(names, low, high):
         for name in names.split():
-            value, named = getattr(args, name), "--" + name.replace("_", "-")
-            fits = value is None or low <= value <= high
-            need(fits, f"{named} must be from {low:g} to {high:g}, not {value}")
+            value = getattr(args, name)
+            need(value is None or low <= value <= high,
+                 f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
     inside("N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
     inside("M", 0 if args.estimator == "shared" else 1, 1e9)
     inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
-    inside("temperature clip", 1e-3, 1e3)
-    inside("lr adam_eps reward_clip", 1e-30, 1e30)
     inside("beta value_coef critic_every save_every", 0, 1e9)
+    inside("temperature", 1e-3, 1e3)
+    inside("lr adam_eps", 1e-30, 1e30)
     inside("no_eos_reward", -1e30, 1e30)
     inside("lam", 0, 1)
     inside("seed data_seed", 0, 2 ** 62)
@@ -2063,8 +2001,8 @@ def reading(what):
         raise UserError(f"{what}: {reason}") from None
 
 
-def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidden=()):
-    """The command line as an `Args`; `positional` names a field without a flag, `hidden` useless ones."""
+def parse_args(argv=None, Args=Args, description=__doc__, positional=None):
+    """The command line as an `Args`, whose field `positional` has no flag."""
     parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
@@ -2075,11 +2013,8 @@ def parse_args(argv=None, Args=Args, description=__doc__, positional=None, hidde
         kind = {"action": "store_true"} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
-        if f.name == positional:
-            parser.add_argument(f.name, help=help, **kind)
-        else:
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                                help=argparse.SUPPRESS if f.name in hidden else help, **kind)
+        name = f.name if f.name == positional else "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=f.default, help=help, **kind)
     return Args(**vars(parser.parse_args(argv)))
 
 
