@@ -105,7 +105,8 @@ def kl_to_bon(kl_to_ref, mean_log_F, N):
 def effective_N(mean_log_F):
     """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
 
-    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. It is 1 for π_ref, less for worse ones.
+    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. It is 1 for π_ref, less for a worse
+    policy.
     """
     return -1 / mean_log_F
 
@@ -342,16 +343,17 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
 # ========== 2. Settings =====================================================================================
 
 # Defaults of each task. toy's and imdb's training are ours, the rest is the paper's. The paper trains imdb by
-#   --critic-every 0 --token-step 0 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant
+#   --M 200 --estimator add_one --critic-every 0 --token-step 0 --lam 0.95 --ppo-epochs 4 --lr 3e-5
+#   --lr-schedule constant
 RECIPES = {
     "toy": dict(
-        N=16, estimator="add_one", temperature=1.0, max_new_tokens=4,
+        N=16, M=200, estimator="add_one", temperature=1.0, max_new_tokens=4,
         train_prompts=4, test_M=10_000,
         episodes=163_840, rollouts=2048, minibatch=256, ppo_epochs=2, critic_every=0, lam=1.0,
         value_coef=1.0, lr=1e-3, adam_eps=1e-8, token_step=0.0, unfrozen_layers=-1, sample_batch=512),
     "imdb": dict(
         ref="lvwerra/gpt2-imdb", reward="lvwerra/distilbert-imdb", dataset="stanfordnlp/imdb",
-        N=16, estimator="add_one", temperature=1.0, max_new_tokens=40,
+        N=16, M=32, estimator="shared", temperature=1.0, max_new_tokens=40,
         train_prompts=5000, test_M=200,
         episodes=80_000, rollouts=128, minibatch=32, ppo_epochs=1, critic_every=2, lam=0.8,
         value_coef=1.0, lr=1.25e-4, adam_eps=1e-8, token_step=1 / 16, unfrozen_layers=2, sample_batch=512),
@@ -359,7 +361,7 @@ RECIPES = {
         ref="cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", no_eos_reward=-1.0,
         dataset="vwxyzjn/summarize_from_feedback_tldr_3_filtered",
-        N=100, estimator="smooth", temperature=0.7, max_new_tokens=53,
+        N=100, M=200, estimator="smooth", temperature=0.7, max_new_tokens=53,
         train_prompts=5000, test_M=200,
         episodes=10_000, rollouts=32, minibatch=32, ppo_epochs=4, critic_every=0, lam=0.95,
         value_coef=0.2, lr=3e-6, adam_eps=1e-5, token_step=0.0, unfrozen_layers=2, sample_batch=64),
@@ -382,7 +384,7 @@ class Args:
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
-    M: int = flag(200, "samples of π_ref per training prompt: vBoN ends (N−1)/(4M) nats from BoN, at best; "
+    M: int = flag(None, "samples of π_ref per training prompt: vBoN ends (N−1)/(4M) nats from BoN, at best; "
                   "0, with --estimator shared: none but to 256 other prompts")
     estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r); shared lets prompts learn "
                           "from each other: a smaller M does", (*ESTIMATORS, "smooth", "shared"))
@@ -667,8 +669,8 @@ def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
 
     The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
     these places: b_a moves by a `share` of the quotient over kl_coef, which would be the whole step to the
-    optimum. Plain gradients follow the frequent words: on stored samples this direction gains fifty times
-    as much reward for its KL. A word seen less than share·prior times in a phase moves less: it is noisy.
+    optimum. Plain gradients follow the frequent words, and pay more KL for the same reward. A word seen less
+    than share·prior times in a phase moves less: it is noisy.
 
     counts (V,): the running mean of how often each token is drawn in a phase, zeros at first, updated in
     place. hidden (n, H): what the output layer is given. The bias goes into its weight, as b vᵀ with
@@ -1422,7 +1424,8 @@ def draw_missing(task, args, wanted, rewards, path):
         size = max(1, at_once // M)
         batches += [(split, prompts[i:i + size], start, M) for i in range(0, len(prompts), size)]
     total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
-    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}")
+    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}; "
+          "a smaller --M or --train-prompts takes fewer")
     with ((vllm_sampler if by_vllm else hand_sampler)(task, args) as sample,
           tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar):
         # Of several processes each draws a batch, and gets the lines of all.

@@ -31,7 +31,8 @@ short="--episodes 10240 --resume"
     echo "python bon_baselines.py bon-sft --N 16 $short --out $out/bon-sft-seed0"
     echo "python bon_baselines.py dpo --beta 0.1 $short --out $out/dpo-seed0"
     echo "python bon_baselines.py bonbon --N 16 $short --out $out/bonbon-seed0"
-} | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 256 "$@"
+} | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 256 \
+    --M 200 --estimator add_one "$@"
 
 python evaluate.py $out/* --figures figures/imdb-near --csv results/imdb-near.csv | tee results/imdb-near.txt
 python evaluate.py $out/vbon-* $out/rlhf-* --figures figures/imdb-near --curves

@@ -16,7 +16,8 @@ short="--episodes 10240 --resume"
 for s in 0 1 2; do
     for N in 16 64; do
         for M in 200 32; do
-            echo "python vbon.py --N $N --M $M $short --seed $s --out $out/N$N-ranks-M$M-seed$s"
+            echo "python vbon.py --N $N --M $M --estimator add_one $short --seed $s" \
+                 "--out $out/N$N-ranks-M$M-seed$s"
         done
         for M in 32 8 0; do
             echo "python vbon.py --N $N --M $M --estimator shared $short --seed $s" \

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 : "${OTHER_REWARD:?is not set: name the folder of the reward model that judges}"
 out=sweeps/imdb
 short="--train-prompts 256 --test-prompts 256 --episodes 5120 --ppo-epochs 1"
-short="$short --critic-every 0 --token-step 0 --lam 0.95 --test-M 64 --test-responses 1"
+short="$short --M 200 --estimator add_one --critic-every 0 --token-step 0 --lam 0.95 --test-M 64 --test-responses 1"
 short="$short --lr 2.5e-4 --lr-schedule linear"
 
 {
