@@ -24,6 +24,9 @@ out=sweeps/bond
 
 python evaluate.py $out/* --curves --figures $out --csv results/bond.csv | tee results/bond.txt
 mv $out/toy.png figures/bond.png
+# With the runs of results/toy.sh: what each method pays above the least price of its effective N.
+python evaluate.py sweeps/toy/* $out/bond-* --figures $out
+mv $out/toy-excess.png figures/toy-excess.png
 python - $out/* >results/bond-curves.csv <<'END'
 import json, os, sys
 keys = ["kl_to_ref", "kl_to_bon", "effective_N", "excess_kl"]
