@@ -319,7 +319,7 @@ def train(args):
                 vbon.save_checkpoint(args, task, phase + 1, optimizer, generator, anchored)
 
     ref_rewards = {key: rewards for key, (rewards, _) in samples.items()}
-    result, responses = vbon.evaluate_policy(policy, task, ref_rewards, args)
+    result, responses = vbon.test_metrics(task, *vbon.sample_policy(policy, task, args), ref_rewards, args)
     result |= {"episodes": phases * args.rollouts} | exact
     return vbon.save_results(args, task, world, result, responses, policy)
 

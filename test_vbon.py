@@ -941,7 +941,8 @@ def test_estimates_on_the_test_prompts_agree_with_the_exact_values(toy, tmp_path
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
-    result, samples = vbon.evaluate_policy(policy, task, vbon.reference_samples(task, args), args)
+    drawn = vbon.sample_policy(policy, task, args)
+    result, samples = vbon.test_metrics(task, *drawn, vbon.reference_samples(task, args), args)
     world = vbon.ExactWorld(task, args)
     exact = world.metrics(world.log_probs(policy))
     for name in ("reward", "win_rate", "kl_to_ref", "effective_N", "excess_kl", "kl_to_bon"):
@@ -1001,7 +1002,7 @@ os.replace = killed"""
 
 def stop_before_the_test(*argv):
     """A run that Ctrl-C stops when its phases are done."""
-    with unittest.mock.patch.object(vbon, "evaluate_policy", side_effect=KeyboardInterrupt):
+    with unittest.mock.patch.object(vbon, "sample_policy", side_effect=KeyboardInterrupt):
         result = call(*argv)
     assert result.returncode == 130 and "--resume" in result.stderr.splitlines()[-1]
 
@@ -1053,14 +1054,14 @@ def test_weights_that_are_no_numbers_are_not_kept(script, method, lr, episodes, 
 def test_two_runs_into_one_folder(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     patch = """
-evaluate_policy = vbon.evaluate_policy
+sample_policy = vbon.sample_policy
 def wait(*args):
     open("waiting", "w")
     for _ in range(600):
         if not os.path.exists("go on"):
             time.sleep(0.1)
-    return evaluate_policy(*args)
-vbon.evaluate_policy = wait"""
+    return sample_policy(*args)
+vbon.sample_policy = wait"""
     first = start(launcher(tmp_path / "first.py", patch), *flags(TOY, out="run"), cwd=tmp_path)
     deadline = time.time() + 120
     while first.poll() is None and time.time() < deadline and not Path("waiting").exists():

@@ -56,6 +56,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # ========== 1. Mathematics ==================================================================================
@@ -478,11 +480,8 @@ class Rollout:
 
 def pad(rows, value, side, device="cpu"):
     """Lists of token ids -> ids (B, T) padded on the given side, mask (B, T) of what is not padding."""
-    T = max(map(len, rows))
-    fill = [[value] * (T - len(row)) for row in rows]
-    ids = torch.tensor([f + row if side == "left" else row + f for f, row in zip(fill, rows)])
-    lengths, column = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(T)
-    mask = column >= T - lengths if side == "left" else column < lengths
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, False, side)
     return ids.to(device), mask.to(device)
 
 
@@ -498,7 +497,8 @@ def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
     def keep_hidden(_, inputs):
         hidden.append(inputs[0].contiguous())  # of a slice the head would make B small products
         return hidden[0]
-    with hooked(lm.get_output_embeddings(), keep_hidden), top_layers(lm, K, trunk) as entered:
+    output = lm.get_output_embeddings()
+    with output.register_forward_pre_hook(keep_hidden), top_layers(lm, K, trunk) as entered:
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
                     use_cache=cache is not None, logits_to_keep=keep).logits
     return logits.float(), hidden[0].float(), entered[0] if entered else None
@@ -677,10 +677,8 @@ def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
     hidden·v ≈ 1: exactly so behind a LayerNorm, whose outputs lie in a plane.
     """
     tokens, earned = rollout.tokens[rollout.mask].cpu(), rollout.earned[rollout.mask].cpu().double()
-    seen = torch.zeros(2, len(counts), dtype=torch.double)
-    seen[0].index_add_(0, tokens, earned)
-    seen[1].index_add_(0, tokens, torch.ones_like(earned))
-    total, number = sum(gathered(seen))
+    seen = [torch.bincount(tokens, weight, len(counts)) for weight in (earned, torch.ones_like(earned))]
+    total, number = sum(gathered(torch.stack(seen)))
     counts.lerp_(number, share if counts.any() else 1.0)
     step = total / kl_coef / (counts / share + prior)
 
@@ -750,7 +748,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     rewards = -args.kl_coef * log_ratio
     rewards[torch.arange(B), mask.sum(1) - 1] += terminal.to(rewards)
 
-    # The values, where no head has given them; the advantages.
+    # The values, where no head has given them, and the advantages.
     if args.critic_every:
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
@@ -785,16 +783,18 @@ def rollout_metrics(rollout, kls, scores, ref_rewards, N):
 
 
 def update(policy, critic, optimizer, rollout, args, generator):
-    """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
-    start, losses = time.perf_counter(), []
+    """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics.
+
+    With --critic-every the values are constants here, and the value head gets no gradient.
+    """
+    start, losses, K = time.perf_counter(), [], args.unfrozen_layers
     for _ in range(args.ppo_epochs):
         hidden_states = []
         order = torch.randperm(len(rollout.tokens), generator=generator, device=args.device)
         for rows in order.split(args.minibatch // processes()):
             batch = rollout[rows]
             with autocast(args):
-                log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature,
-                                                          args.unfrozen_layers)
+                log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature, K)
                 values = batch.values if args.critic_every else critic(hidden).squeeze(-1).float()
             pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, CLIP)
             vf = value_loss(values, batch.values, batch.returns, batch.mask, CLIP)
@@ -804,10 +804,11 @@ def update(policy, critic, optimizer, rollout, args, generator):
             optimizer.step()
             hidden_states.append(hidden.detach()[batch.mask])
             with torch.no_grad():
-                log_ratio = torch.where(batch.mask, log_probs - batch.log_probs, 0.0)
+                log_ratio = log_probs - batch.log_probs
                 kl = masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask)
                 clipped = masked_mean((torch.expm1(log_ratio).abs() > CLIP).float(), batch.mask)
                 losses.append(torch.stack([pg, vf, kl, clipped]))
+
     lr = optimizer.param_groups[0]["lr"]
     if args.token_step:
         output, share = policy.get_output_embeddings(), args.token_step * lr / args.lr
@@ -826,7 +827,7 @@ def train(args):
     task = setup(args)
     torch.manual_seed(args.seed)
     policy, critic = make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    # What is learned beside the optimizer's parameters, in place: by `fit_values` and `step_token_bias`.
+    # What is learned without gradients, in place: by `fit_values` and by `step_token_bias`.
     critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
     output = policy.get_output_embeddings()
     learned = [critic.sums] + ([output.weight, output.counts] if args.token_step else [])
@@ -865,17 +866,12 @@ def train(args):
             bar.set_postfix({key: f"{metrics['objective/' + key]:.2f}" for key in shown}, refresh=False)
             bar.update(args.rollouts)
 
-    metrics, samples = evaluate_policy(policy, task, ref_rewards, args)
+    metrics, samples = test_metrics(task, *sample_policy(policy, task, args), ref_rewards, args)
     result |= metrics | {"episodes": phases * args.rollouts}
     return save_results(args, task, world, result, samples, policy)
 
 
 # ========== 6. The test of a policy =========================================================================
-
-
-def evaluate_policy(policy, task, ref_rewards, args):
-    """The test metrics of a policy, and the responses that they come from."""
-    return test_metrics(task, *sample_policy(policy, task, args), ref_rewards, args)
 
 
 @torch.no_grad()
@@ -918,8 +914,9 @@ def distance_to_bon(kls, k, M, N):
 
 
 def test_metrics(task, responses, kls, ref_rewards, args):
-    """Means and standard errors over test prompts: reward, win rate against π_ref's samples (a tie counts
-    half), KL, distance from Best-of-N. "in/" and "out/": on tldr's subreddits of training, and on others."""
+    """Means and standard errors over test prompts of what `sample_policy` returned: reward, win rate against
+    π_ref's samples (a tie counts half), KL, distance from Best-of-N; "in/" and "out/", on tldr's subreddits
+    of training and on others. And the samples, a dict each."""
     prompts, P = task.test_prompts, len(task.test_prompts)
     repeated = [p for p in prompts for _ in range(len(responses) // P)]
     rewards = checked_scores(task, repeated, responses)
@@ -1305,7 +1302,8 @@ def make_prompt(row, tokenizer, longest, rng):
         return row["prompt"]
     if "post" in row:
         return tldr_prompt(row, tokenizer, longest)
-    need(isinstance(row.get("text"), str), f"--dataset has a row without a string `prompt` or `text`: {row}")
+    is_text, names = isinstance(row.get("text"), str), ", ".join(row)
+    need(is_text, f"--dataset has a row without a string `prompt` or `text`, only {names}")
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
     # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
@@ -1368,10 +1366,10 @@ def reference_samples(task, args, keep_tokens=False):
     finally:
         lock.release()
 
-    def first(key, M):
-        r = torch.tensor(rewards.get(key, [])[:M], dtype=torch.double)
-        return (r, tokens.get(key, [])[:M]) if keep_tokens else r.sort().values
-    found = {key: first(key, M) for key, M in wanted.items()}
+    found = {key: torch.tensor(rewards.get(key, [])[:M], dtype=torch.double) for key, M in wanted.items()}
+    if keep_tokens:
+        return {key: (r, tokens.get(key, [])[:len(r)]) for key, r in found.items()}
+    found = {key: r.sort().values for key, r in found.items()}
     return share_samples(found) if share else found
 
 
@@ -1607,20 +1605,10 @@ def top_layers(lm, K, trunk=None):
     if trunk is not None:
         setattr(owner, name, layers[-K:])
     try:
-        with hooked(layers[-K], at_the_top):
+        with layers[-K].register_forward_pre_hook(at_the_top):
             yield entered
     finally:
         setattr(owner, name, layers)
-
-
-@contextmanager
-def hooked(module, function):
-    """While in force, function(module, inputs) sees what enters the module, and may change it."""
-    hook = module.register_forward_pre_hook(function)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class TakenLogProb(torch.autograd.Function):
@@ -1736,10 +1724,9 @@ def average_gradients(optimizer):
     """Replaces every gradient by its mean over the processes, in one message."""
     if processes() > 1:
         gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, total in zip(gradients, flat.split([g.numel() for g in gradients])):
-            g.copy_(total.view_as(g) / processes())
+        total = parameters_to_vector(gradients)
+        dist.all_reduce(total)
+        vector_to_parameters(total / processes(), gradients)
 
 
 # --- the device, the optimizer, the order of prompts --------------------------------------------------------
@@ -1747,8 +1734,8 @@ def average_gradients(optimizer):
 
 def setup(args):
     """The task, its models loaded and its prompts read. Resolves "auto" in args.device and args.backend."""
-    # Large tensors in pages of 2 MB (Linux): mapping a B×T×V tensor in pages of 4 KB takes time that shows.
-    # torch reads this at its first tensor.
+    # Large tensors in pages of 2 MB (Linux), for mapping pages of 4 KB takes time. torch reads this at its
+    # first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
@@ -2027,7 +2014,7 @@ def refuse(message):
 
 
 def run_script(name, run):
-    """Calls run() and returns the exit code. What a user can mend is told in one line, with code 2."""
+    """Calls run() and returns the exit code, 2 where a user can mend what a line tells."""
     try:
         run()
     except (UserError, OSError) as error:
