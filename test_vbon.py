@@ -2202,7 +2202,7 @@ def test_floors_of_shared_log_F(pieces, tmp_path, monkeypatch):
     _, *lines = (tmp_path / "results" / "shared.csv").read_text().splitlines()
     assert len(lines) == 3 * (3 * 5 + 1) * 4
     assert all(math.isfinite(float(line.split(",")[-2])) for line in lines)
-    refused(call(*argv, "--test-M", "100", script=floors), "--test-M", script="shared.py")
+    refused(call(*argv, "--test-M", "100", script=floors), "--test-M")
 
 
 def test_samples_in_the_authors_formats(pieces, tmp_path, monkeypatch):

@@ -152,13 +152,12 @@ def learner(flags, M=200):
     args = vbon.parse_args([*flags, "--M", str(M)])
     task = vbon.setup(args)
     torch.manual_seed(0)
-    policy, value_head = vbon.make_policy(task.ref, args.unfrozen_layers)
-    blocks = math.ceil(args.max_new_tokens / (args.critic_every or 1))
+    policy, critic = vbon.make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
+    critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
     return SimpleNamespace(
-        args=args, task=task, policy=policy, value_head=value_head,
-        critic=torch.zeros(blocks, 4, 5, dtype=torch.double) if args.critic_every else value_head,
+        args=args, task=task, policy=policy, critic=critic,
         ref_rewards={p: torch.rand(M, dtype=torch.double).sort().values for p in task.train_prompts},
-        optimizer=vbon.make_optimizer([*policy.parameters(), *value_head.parameters()], args),
+        optimizer=vbon.make_optimizer([*policy.parameters(), *critic.parameters()], args),
         generator=torch.Generator(args.device), stream=vbon.shuffled(task.train_prompts, 0))
 
 

@@ -45,7 +45,7 @@ def needed_flops(l, prompts, length, reward_flops):
     layers, trained = lm.config.num_hidden_layers, trained_layers(l)
     head = 2 * lm.get_output_embeddings().weight.numel()
     head_passes = 3 if trained == layers else 2  # a frozen head passes the gradient on but needs none itself
-    value_head = sum(2 * p.numel() for p in l.value_head.parameters() if p.dim() == 2)
+    value_head = sum(2 * p.numel() for p in l.critic.parameters() if p.dim() == 2)
     needed = {"rollout": 0, "score": reward_flops, "update": 0}
     for prompt in prompts:
         tokens = len(l.task.encode(prompt)) + length - 1  # the last one is never read

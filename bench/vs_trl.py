@@ -208,7 +208,7 @@ def train(kind, settings, flags):
         vbon.update = lambda *inputs: update(*inputs) | {"time/processor": time.process_time() - busy[0]}
         return vbon.train(args)
     task, phases = vbon.setup(args), args.episodes // args.rollouts
-    lock = vbon.hold_folder(args)  # noqa: F841, held until this function ends
+    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(task, args)
     world, policy = vbon.open_run(args, task, ref_rewards), vbon.make_policy(task.ref, -1)[0]
 
@@ -224,7 +224,8 @@ def train(kind, settings, flags):
     trainer.train()
     trainer.tell()
     vbon.write_whole(f"{args.out}/metrics.jsonl", "".join(json.dumps(row) + "\n" for row in done))
-    metrics, samples = vbon.evaluate_policy(policy, task, ref_rewards, args)
+    drawn = vbon.sample_policy(policy, task, args)
+    metrics, samples = vbon.test_metrics(task, *drawn, ref_rewards, args)
     exact = {name: x for name, x in done[-1].items() if name.startswith("exact/")}
     vbon.save_results(args, task, world, metrics | exact | {"episodes": args.episodes}, samples, policy)
 
