@@ -253,15 +253,18 @@ def picture(path, title, panels, **legend):
     figure.suptitle(title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     yield axes
+    figure.tight_layout()  # before the legends, which may be wider than their panel
     for a in axes:
         a.grid(alpha=0.3)
-        a.legend(fontsize=8, **legend)
-    figure.tight_layout()
+        if a.get_legend_handles_labels()[1]:
+            a.legend(fontsize=8, **legend)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(path)
 
 
+BELOW = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
+         "bbox_to_anchor": (0.5, -0.16)}  # a legend there
 DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # the ticks of an axis of N
 
 
@@ -291,9 +294,7 @@ def scatter(axes, runs, x, y, shares):
 
 def plot_front(path, title, runs):
     """Figures 2, 6 and 7: win rate and reward against KL, beside Best-of-N."""
-    below = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
-             "bbox_to_anchor": (0.5, -0.16)}
-    with picture(path, title, 2, **below) as panels:
+    with picture(path, title, 2, **BELOW) as panels:
         for axes, value, label in zip(panels, ("win_rate", "reward"), ("win rate over π_ref", "mean reward")):
             scatter(axes, runs, "kl_to_ref", value, front_shares(runs, value))
             if value == "win_rate":
@@ -336,14 +337,15 @@ def curve(run, name):
 
 def plot_curves(path, title, groups):
     """Distance to Best-of-N, effective N and excess in training: mean and range over seeds."""
-    with picture(path, title, 3) as panels:
+    with picture(path, title, 3, **BELOW | {"ncols": 2}) as panels:
         for axes, key in zip(panels, ("kl_to_bon", "effective_N", "excess_kl")):
             for i, (name, runs) in enumerate(groups):
                 curves = [curve(run, key) for run in runs]
                 episodes = sorted(set.intersection(*map(set, curves)))
                 values = [[c[e] for c in curves] for e in episodes]
                 line, color = "-" if runs[0]["method"] == "vBoN" else "--", f"C{i}"
-                axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=name)
+                label = name if axes is panels[1] else None
+                axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=label)
                 axes.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
             axes.set(xlabel="episodes", ylabel=METRICS[key])
         panels[0].set_yscale("symlog", linthresh=0.01)  # an estimate may be below 0
