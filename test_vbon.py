@@ -1088,7 +1088,8 @@ vbon.sample_policy = wait"""
     (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--lr nan", "--lr"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
     ("--unfrozen-layers 7", "2 layers"), ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"),
-    ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M"), ("--task imdb --M 0", "--M"),
+    ("--max-new-tokens 6", "at most 4"), ("--M 2 --estimator smooth", "--M"),
+    ("--task imdb --M 0 --estimator add_one", "--M"),
     ("--estimator shared", "four prompts")])
 def test_bad_flags(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1148,7 +1149,7 @@ def save_small_models(folder, labels=2, eos=True, seed=0):
 
 FEW = dict(episodes=16, rollouts=8, minibatch=4, M=5, test_M=4, train_prompts=6, test_prompts=4,
            test_responses=2, max_new_tokens=6, unfrozen_layers=1)
-IMDB = dict(task="imdb", N=2) | FEW
+IMDB = dict(task="imdb", N=2, estimator="add_one") | FEW
 
 
 @pytest.fixture(scope="module")
