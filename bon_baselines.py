@@ -132,7 +132,7 @@ DPO_RESPONSES, DPO_PAIRS = 6, 12
 # steps take 128 prompts, after a warm-up; ours are as below.
 
 # The tasks are vbon.py's, the training is not. log F is never smoothed here.
-COMMON = dict(beta=0.1, estimator="add_one")
+COMMON = dict(M=200, beta=0.1, estimator="add_one")
 RECIPES = {
     "toy": vbon.RECIPES["toy"] | COMMON | dict(episodes=81_920, lr=1e-3),
     "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
@@ -142,18 +142,18 @@ RECIPES = {
 
 @dataclass
 class Args(vbon.Args):
+    recipes, groups = RECIPES, vbon.Args.groups | {"alpha": "bonbon and bond"}
+
     objective: str = flag(None, "the method", METHODS)
     N: number = flag(None, "the N of Best-of-N, a whole number; dpo and bond are only measured against it")
-    M: int = flag(200, "samples of π_ref per training prompt to learn from, more where N asks for more; "
-                  "bon and bond need none")
+    M: int = flag(None, "samples of π_ref per training prompt to learn from, more where N asks for more; "
+                  "bon and bond draw none")
     beta: float = flag(None, "dpo: how close the policy is held to π_ref")
     alpha: float = flag(None, "bonbon: weight of the likelihood; default: both terms weigh the same")
     eta: float = flag(0.02, "bond: how far the anchor moves towards the policy after each step")
     gamma: float = flag(0.0, "bond: how close the policy is held to the anchor, beyond what Best-of-2 is")
     episodes: int = flag(None, "training examples in all: best responses, or pairs; bond: prompts")
     rollouts: int = flag(None, "training examples per phase, which is a line of metrics")
-
-    recipes = RECIPES  # not a field
 
     def finish(self):
         """Sets what follows from other flags."""

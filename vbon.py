@@ -17,20 +17,22 @@ Algorithm 1:
     draw M responses of π_ref to every prompt, score and store them
     π_θ ← π_ref
     repeat: sample one response y to each of a batch of prompts
-            F̂ = share of the prompt's M rewards that lie below r(y)
-            reward: log π_bon(y) − log π_ref(y) at the end, −(log π_θ − log π_ref) on every token; both over N
+            F̂ = share of the prompt's M rewards that lie below r(y);  π_bon(y) = (F̂ + π_ref(y))^N − F̂^N
+            reward: (log π_bon(y) − log π_ref(y))/N at the end, −(log π_θ − log π_ref)/N on every token
             GAE, whitened advantages, clipped losses, a few epochs
 
 Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 the
 test of a policy, 7 the toy, 8 tasks with real models, 9 π_ref's samples, 10 what makes it fast, 11 processes,
-files and the command line. The mathematics and the losses are pure functions of tensors, to copy out.
+files and the command line. The mathematics and the losses are pure functions of tensors, to copy out. What
+the first five call from further down does what its name says; a `Task` holds π_ref, reward and prompts.
 
 Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
 values; training the reward model.
 
-Logarithms are natural (nats). B is a batch of responses, T its tokens, V the vocabulary, H the width
-of a hidden state, P a number of prompts, L the tokens of a prompt, M π_ref's samples to it.
+Logarithms are natural (nats). y is a response, y' one of π_ref, r their reward, p = π_ref(y) and F(y) =
+P(r(y') < r(y)). B is a number of responses, T of their tokens, V of words, H the width of a hidden state, P a
+number of prompts, L of a prompt's tokens, M of π_ref's samples to it, K of the layers that are trained.
 """
 import argparse
 import copy
@@ -67,6 +69,7 @@ def log_bon_pmf(log_F, log_p, N):
     """log π_bon(y) in nats: the probability that Best-of-N returns the response y (Prop. 1, Eq. 4), exact.
 
     π_bon(y) = (F + p)^N − F^N: all N samples rank at most as high as y, but not all of them strictly lower.
+    (Equal rewards are put in some order, App. C.)
     The paper writes it as Σ_i C(N,i) F^(N−i) p^i, which is the same number but costs O(N) and overflows.
 
     log_F: log P(r(y') < r(y)) under π_ref, −inf for the worst response. log_p: log π_ref(y), EOS included,
@@ -130,7 +133,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     rewards: (...). ref_rewards: (..., M) of the same prompt, or (M,) for all. Returns log F̂ (...), float64,
     nats. With k = #{m : r'_m < r}:
       "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
-      "add_one"    log((k+1)/(M+1))  the authors' code. always finite, and so the default
+      "add_one"    log((k+1)/(M+1))  the authors' code: always finite, and so the default
       "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref (`posterior_log_F`)
     Only ranks enter: an increasing map of all rewards changes nothing. To break ties by a total order
     (App. C), pass ranks of (reward, order). Raises ValueError for M = 0, a NaN or another estimator.
@@ -155,13 +158,13 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
         return torch.log((k + 1) / (M + 1))
     if estimator == "posterior":
         return posterior_log_F(k, M)
-    raise ValueError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
+    raise ValueError(f"unknown estimator {estimator!r}: choose from log_mean, add_one, posterior")
 
 
 def posterior_log_F(k, M, a=1):
     """E[log F(y) | k of M samples of π_ref lie below y] = ψ(k+a) − ψ(M+a+1), for y drawn by Best-of-a.
 
-    Then F ~ Beta(a, 1), and F | k ~ Beta(k+a, M−k+1). k: (...), float64. Returns (...), nats.
+    a = 1 is π_ref. F ~ Beta(a, 1), and F | k ~ Beta(k+a, M−k+1). k: (...), float64. Returns (...), nats.
     """
     return torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
 
@@ -175,7 +178,7 @@ def ranks(rewards, ref_rewards):
 
 
 def policy_log_F(k, M):
-    """log F̂ of a policy's responses, for their mean: ranks k (...) among M samples -> (...), float64, nats.
+    """log F̂ of a policy's responses, to judge it by their mean: k (...) of `ranks` among M -> (...), nats.
 
     `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
     Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives, 10 M at most:
@@ -232,9 +235,9 @@ def shared_log_F(ref_rewards, features=None):
     counts most in the tail. κ is what predicts either half of the samples best from the other: 0 (nearly
     `add_one`) where prompts are unlike.
 
-    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart; their ranks
-    count. rewards: (n,). prompt: (n,), indices. log F̂: (n,), float64, finite, monotone in the reward; only
-    ranks enter. Ours: the paper leaves it to future work (§5.1). Raises ValueError for a NaN, or no sample.
+    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart. rewards:
+    (n,). prompt: (n,), indices. On the CPU; only `ranks` enter. log F̂: (n,), float64, finite, monotone in
+    the reward. Ours: the paper leaves it to future work (§5.1). Raises ValueError for a NaN, or no sample.
     """
     r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
     P, n, pool = len(ref_rewards), len(r), r.sort().values
@@ -324,9 +327,9 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
       "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
       "bound"   (N−1) log F                a lower bound of it, L                       (Thm. 2, Eq. 8)
       "bound1"  γ log F + (β−1) log p      a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
-    log_F, log_p, N as in `log_bon_pmf`. Where log p < −30 "vbon" is "bound" + log(N)/N to 1e-10: a trainer
-    that subtracts a baseline may take "bound" and log_p = 0. Raises ValueError where N < 1 or for another
-    objective.
+    log_F, log_p, N as in `log_bon_pmf`, which gives π_bon. Where log p < −30 "vbon" is "bound" + log(N)/N to
+    1e-10: a trainer that subtracts a baseline may take "bound" and log_p = 0. Raises ValueError where N < 1
+    or for another objective.
     """
     log_F, log_p, N = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.double)
                        for x in (log_F, log_p, N))
@@ -383,6 +386,10 @@ def number(text):
 
 @dataclass
 class Args:
+    recipes = RECIPES  # not a field, like the next, the groups of --help by their first flags
+    groups = {"task": "method", "ref": "models, prompts, responses", "episodes": "training",
+              "seed": "machine and files"}
+
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
@@ -430,8 +437,6 @@ class Args:
     overwrite: bool = flag(False, "replace a finished run in --out")
     save_every: int = flag(25, "phases between checkpoints; 0 for none")
     resume: bool = flag(False, "go on from the last checkpoint in --out; it ends as if it had never stopped")
-
-    recipes = RECIPES  # not a field: bon_baselines.py has its own
 
     def __post_init__(self):
         self.started = time.perf_counter()
@@ -597,20 +602,20 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(advantages, mask):
-    """Shifted and scaled to mean 0 and variance 1 over the masked tokens; zero elsewhere."""
+    """Shifted and scaled to mean 0 and variance 1 over the masked tokens (`masked_mean`); zero elsewhere."""
     centred = torch.where(mask, advantages - masked_mean(advantages, mask), 0.0)
     return centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8)
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip=0.2):
-    """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old; token mean. All (B, T)."""
+    """PPO's clipped surrogate, −min(ρA, clip(ρ, 1−ε, 1+ε)A), ρ = π_θ/π_old; `masked_mean`. All (B, T)."""
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0.0))
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), averaged over tokens. All (B, T)."""
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²); `masked_mean`. All (B, T)."""
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
@@ -810,7 +815,7 @@ def update(policy, critic, optimizer, rollout, args, generator):
                 losses.append(torch.stack([pg, vf, kl, clipped]))
 
     lr = optimizer.param_groups[0]["lr"]
-    if args.token_step:
+    if args.token_step:  # its share falls as the learning rate does
         output, share = policy.get_output_embeddings(), args.token_step * lr / args.lr
         step_token_bias(output, torch.cat(hidden_states), rollout, output.counts, share, args.kl_coef)
     check_weights(optimizer)
@@ -1125,7 +1130,8 @@ def text_task(args):
     from transformers import AutoModelForCausalLM
     ref, tokenizer = load("ref", AutoModelForCausalLM, args.ref, args.device)
     eos = tokenizer.eos_token_id
-    need(eos is not None, f"the tokenizer of --ref {args.ref} has no EOS token: no response would end")
+    need(eos is not None, f"the tokenizer of --ref {args.ref} has no EOS token to end a response: name one "
+         "in its tokenizer_config.json")
     check_sampler(ref, eos, args)
     end = "" if args.no_eos_reward is None else tokenizer.eos_token
     score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward)
@@ -1138,9 +1144,9 @@ def text_task(args):
     train, test, others = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
     for prompt in train + test + others:
         length = len(encode(prompt))
-        need(length > 0, "--dataset has an empty prompt, and there is no token to start from: remove it")
+        need(length > 0, "--dataset has an empty prompt, and there is no token to start from: remove its row")
         need(length + args.max_new_tokens <= context, f"a prompt of {length} tokens and --max-new-tokens "
-             f"{args.max_new_tokens} exceed the model's context of {context}: {prompt[:60]!r}…")
+             f"{args.max_new_tokens} exceed the model's context of {context}, shorten one: {prompt[:60]!r}…")
     return Task(ref, tokenizer, score, encode, train, test, identity(ref, tokenizer), reward_id, end, others)
 
 
@@ -1166,13 +1172,13 @@ def decode(task, prompts, responses):
 def load(what, loader, name, device):
     """The model and the tokenizer of a hub name or folder."""
     from transformers import AutoTokenizer
-    with reading(f"cannot load --{what} {name} (a folder has config.json, tokenizer.json, weights)"):
+    with reading(f"cannot load --{what} {name} (hub name or folder: config.json, tokenizer.json, weights)"):
         model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     # The library makes missing weights up at random, and takes a folder without tokenizer.json for a
     # tokenizer without words.
     missing = ", ".join(sorted(info["missing_keys"])[:4])
-    need(not missing, f"--{what} {name} lacks the weights {missing}: it is no such model")
+    need(not missing, f"--{what} {name} lacks the weights {missing}: it is no {loader.__name__[9:]} model")
     vocabulary, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
     words = set(vocabulary) - set(tokenizer.all_special_tokens)
     need(words, f"--{what} {name}: its tokenizer knows no words, is tokenizer.json missing?")
@@ -1264,7 +1270,8 @@ def read_prompts(args, tokenizer, longest):
     Without a test split a tenth is held out."""
     import datasets
     datasets.disable_progress_bars()
-    with reading(f"cannot load --dataset {args.dataset} (or pass a folder or a .jsonl file)"):
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below, in one line
+    with reading(f"cannot load --dataset {args.dataset} (hub name, .jsonl file, or folder of such files)"):
         is_file = args.dataset.endswith((".jsonl", ".json"))
         kind, files = ("json", args.dataset) if is_file else (args.dataset, None)
         splits = datasets.load_dataset(kind, data_files=files)
@@ -1302,8 +1309,9 @@ def make_prompt(row, tokenizer, longest, rng):
         return row["prompt"]
     if "post" in row:
         return tldr_prompt(row, tokenizer, longest)
-    is_text, names = isinstance(row.get("text"), str), ", ".join(row)
-    need(is_text, f"--dataset has a row without a string `prompt` or `text`, only {names}")
+    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+    need(isinstance(row.get("text"), str), "--dataset: each row needs a `prompt` or a `text`, a string; one "
+         f"has only {found}")
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
     # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
@@ -1558,9 +1566,8 @@ def make_policy(ref, K, own_output=False):
     if K == -1:
         policy = copy.deepcopy(ref).requires_grad_(True)
     else:
-        owner, name = transformer_layers(ref)
+        owner, name = transformer_layers(ref, K)
         layers = getattr(owner, name)
-        need(1 <= K <= len(layers), f"--unfrozen-layers {K}: this model has {len(layers)} layers; -1 is all")
         children = list(owner.children())
         final_norm = children[children.index(layers) + 1:]  # whatever stands behind the layers
         trained = {id(p) for module in [*layers[-K:], *final_norm] for p in module.parameters()}
@@ -1578,11 +1585,12 @@ def make_policy(ref, K, own_output=False):
     return policy, value_head.to(next(ref.parameters()).device)
 
 
-def transformer_layers(lm):
-    """The module and the attribute that hold the list of transformer layers, in any architecture."""
+def transformer_layers(lm, K=1):
+    """The module and the attribute that hold the list of transformer layers, at least K, in any model."""
     for module in lm.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == lm.config.num_hidden_layers:
+                need(1 <= K <= len(child), f"--unfrozen-layers {K}: --ref has {len(child)} layers; -1 is all")
                 return module, name
     raise UserError(f"cannot find the transformer layers of {type(lm).__name__}: pass --unfrozen-layers -1")
 
@@ -1596,7 +1604,7 @@ def top_layers(lm, K, trunk=None):
     if K < 1:
         yield entered
         return
-    owner, name = transformer_layers(lm)
+    owner, name = transformer_layers(lm, K)
     layers = getattr(owner, name)
 
     def at_the_top(_, inputs):
@@ -1874,6 +1882,10 @@ def save_results(args, task, world, metrics, samples, policy=None):
         return result
     shutil.rmtree(f"{args.out}/policy", ignore_errors=True)
     if policy is not None:  # a plain Hugging Face folder, which from_pretrained and vLLM load
+        from transformers import GenerationConfig
+        # They sample as it was trained to be sampled from. π_ref's own settings may be others, even invalid.
+        policy.generation_config = GenerationConfig(do_sample=True, temperature=args.temperature, top_k=0,
+                                                    eos_token_id=task.tokenizer.eos_token_id)
         policy.save_pretrained(f"{args.out}/policy")
         task.tokenizer.save_pretrained(f"{args.out}/policy")
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
@@ -1961,9 +1973,9 @@ def check(args):
             need(value is None or low <= value <= high,
                  f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
     inside("N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
-    inside("M", 0 if args.estimator == "shared" else 1, 1e9)
+    need(args.M != 0 or args.estimator == "shared", "--M 0 goes with --estimator shared; else --M is from 1")
+    inside("M beta value_coef critic_every save_every", 0, 1e9)
     inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
-    inside("beta value_coef critic_every save_every", 0, 1e9)
     inside("temperature", 1e-3, 1e3)
     inside("lr adam_eps", 1e-30, 1e30)
     inside("no_eos_reward", -1e30, 1e30)
@@ -1991,20 +2003,24 @@ def reading(what):
         raise UserError(f"{what}: {reason}") from None
 
 
-def parse_args(argv=None, Args=Args, description=__doc__, positional=None):
+def parse_args(argv=None, Args=Args, description=__doc__, positional=""):
     """The command line as an `Args`, whose field `positional` has no flag."""
     parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
+                                     usage=f"%(prog)s [flags] {positional}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     for f in fields(Args):
+        if f.name in Args.groups:
+            group = parser.add_argument_group(Args.groups[f.name])
         recipe = {task: values[f.name] for task, values in Args.recipes.items() if f.name in values}
         default = ", ".join(f"{task} {value}" for task, value in recipe.items()) or f.default
-        help = f.metadata["help"].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        shown = "" if default is None or f.type is bool else f" [{default}]"
+        help = f.metadata["help"].replace("%", "%%") + shown
         kind = {"action": "store_true"} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
         name = f.name if f.name == positional else "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=f.default, help=help, **kind)
+        group.add_argument(name, default=f.default, help=help, **kind)
     return Args(**vars(parser.parse_args(argv)))
 
 
