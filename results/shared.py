@@ -116,7 +116,7 @@ def plot(path, name, results):
 def main(argv=None):
     def run():
         flags = sys.argv[1:] if argv is None else argv
-        args = vbon.parse_args([*flags, "--overwrite"])  # no run is touched
+        args = vbon.parse_args(["--M", str(KNOWN), *flags, "--overwrite"])  # no run is touched
         vbon.need(args.M >= KNOWN < args.test_M, f"pass --M {KNOWN} and a --test-M above it")
         with contextlib.redirect_stdout(sys.stderr):
             task = vbon.setup(args)
