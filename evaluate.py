@@ -7,12 +7,9 @@
     python evaluate.py runs/* --responses 3                   # … the responses to three prompts (Table 2)
     python evaluate.py runs/* --temperatures .25 .5 1         # draws anew at other temperatures (Figure 5)
     python evaluate.py runs/* --reward DIR                    # judges by a reward that was not trained on
-    python evaluate.py --export samples/imdb-….jsonl THEIRS   # samples in the format of the paper's authors
-    python evaluate.py --import-samples THEIRS samples/mine.jsonl -- --task imdb    # … flags of vbon.py
+    python evaluate.py --export samples/imdb-….jsonl FILE     # samples as lines of prompt, responses, rewards
 
 Runs that differ in their seeds alone are one row: mean ± standard error over seeds (one seed: over prompts).
-THEIRS is a file of JSON lines: {"prompt", "responses", "rewards"}, or {"prompt", "text", "reward"}, whose
-text is the prompt and one response.
 """
 import argparse
 import contextlib
@@ -391,12 +388,11 @@ def draw_figures(start, task, runs, groups, options):
             plot_excess(f"{start}-excess.png", f"{task}: what a policy pays above Best-of-N's price", runs)
 
 
-# ========== 5. Samples in the formats of the paper's authors ==============================================
+# ========== 5. Samples for other programs =================================================================
 
 
-def export_samples(path, target, flat):
-    """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}, or
-    if flat {"prompt", "text", "reward"} for each response, whose text holds the prompt."""
+def export_samples(path, target):
+    """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}."""
     need(os.path.realpath(path) != os.path.realpath(target), f"--export {path} {target}: these are one file")
     # Refuses a damaged file, whatever made it.
     _, _, size = vbon.read_samples(path, {"vbon_samples": 4})
@@ -404,69 +400,13 @@ def export_samples(path, target, flat):
     with open(path, "rb") as file:
         for line in map(json.loads, file.read(size).splitlines()[1:]):
             if line["split"] == "train":
-                for prompt, *pairs in zip(line["prompts"], line["responses"], line["rewards"]):
-                    rows.setdefault(prompt, []).extend(zip(*pairs))
-    if flat:
-        lines = [{"prompt": p, "text": p + y, "reward": r} for p, pairs in rows.items() for y, r in pairs]
-    else:
-        lines = [{"prompt": p, "responses": [y for y, _ in pairs], "rewards": [r for _, r in pairs]}
-                 for p, pairs in rows.items()]
-    vbon.write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{target}: {sum(map(len, rows.values()))} samples of {len(rows)} training prompts")
-
-
-def import_samples(theirs, path, flags):
-    """Adds the authors' lines to a file of samples, for the training prompts that have none yet.
-
-    That vbon.py with these flags would have drawn such samples is for the user to know.
-    """
-    found = read_theirs(theirs)
-    args = vbon.parse_args([*flags, "--samples", path, "--overwrite"])  # no run is touched
-    task = vbon.setup(args)
-    _, header = vbon.samples_file(task, args)
-    prompts = list(dict.fromkeys(task.train_prompts))
-    need(any(p in found for p in prompts), f"{theirs} has none of the training prompts of this --task: "
-         "after -- give the flags of vbon.py that have them")
-    lock = vbon.take_lock(path + ".lock", wait=True)  # noqa: F841, held until this function ends
-    rewards, _, size = vbon.read_samples(path, header)
-    if os.path.exists(path):
-        os.truncate(path, size)  # a line that a killed run left unfinished
-    taken = [p for p in prompts if found.get(p) and ("train", p) not in rewards]
-    for prompt in taken:
-        responses, scores = map(list, zip(*found[prompt]))
-        tokens = [token_ids(task, prompt, response, args.max_new_tokens) for response in responses]
-        vbon.write_line(path, header, {"split": "train", "start": 0, "prompts": [prompt], "rewards": [scores],
-                                       "responses": [responses], "tokens": [tokens]})
-    print(f"{path}: samples of {len(taken)} of the {len(prompts)} training prompts taken over")
-
-
-def token_ids(task, prompt, response, limit):
-    """A response's text as its tokens. One that is shorter than the limit ended with EOS."""
-    start, eos = len(task.encode(prompt)), task.tokenizer.eos_token_id
-    ids = task.tokenizer.encode(prompt + response.removesuffix(task.end))[start:]
-    return [*(ids[:-1] if ids[-1:] == [eos] else ids), eos][:limit]
-
-
-def read_theirs(path):
-    """{prompt: [(response, reward), …]} of a file of the authors' lines, of either form."""
-    found = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with vbon.reading(f"{path}, line {number} holds no prompt with its responses and rewards"):
-                row = json.loads(line.decode())
-                if "responses" not in row:
-                    if not row["text"].startswith(row["prompt"]):
-                        raise ValueError("the text does not begin with the prompt")
-                    response = row["text"].removeprefix(row["prompt"])
-                    row |= {"responses": [response], "rewards": [row["reward"]]}
-                pairs = list(zip(row["responses"], row["rewards"], strict=True))
-                if type(row["responses"]) is not list:
-                    raise ValueError("the responses are no list")
-                "".join([row["prompt"], *row["responses"]]).encode()  # raises for what is no text
-                if not all(type(r) in (int, float) and math.isfinite(r) for r in row["rewards"]):
-                    raise ValueError("a reward is no finite number")
-            found.setdefault(row["prompt"], []).extend(pairs)
-    return found
+                for prompt, responses, rewards in zip(line["prompts"], line["responses"], line["rewards"]):
+                    row = rows.setdefault(prompt, {"prompt": prompt, "responses": [], "rewards": []})
+                    row["responses"] += responses
+                    row["rewards"] += rewards
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+    vbon.write_whole(target, text)
+    print(f"{target}: {sum(len(r['rewards']) for r in rows.values())} samples of {len(rows)} training prompts")
 
 
 # ========== 6. The command line ===========================================================================
@@ -482,10 +422,8 @@ def parse_options(argv):
     add("--figures", metavar="DIR", help="draw the figures that these runs allow into this folder")
     add("--responses", metavar="K", type=int, default=0, help="show the responses to K test prompts")
     add("--reward", metavar="DIR", help="judge by this reward model, a hub name or a folder")
-    add("--export", metavar=("FILE", "THEIRS"), nargs=2, help="write a file of samples as the authors' lines")
-    add("--flat", action="store_true", help="with --export: a line for each response")
-    add("--import-samples", metavar=("THEIRS", "FILE"), nargs=2,
-        help="add the authors' lines to a file of samples; after -- the flags of vbon.py that will read it")
+    add("--export", metavar=("SAMPLES", "FILE"), nargs=2,
+        help="write a file of samples as JSON lines of prompt, responses, rewards")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--curves", action="store_true", help="with --figures: the distance to Best-of-N in training instead")
     add("--against", metavar="KEY", help="with --figures: metrics against this key of result.json")
@@ -519,21 +457,14 @@ def judge_runs(options):
         draw_figures(f"{options.figures}/{task}", task, runs, groups, options)
 
 
-def run(argv):
-    split = argv.index("--") if "--" in argv else len(argv)
-    options, flags = parse_options(argv[:split]), argv[split + 1:]
-    need(options.import_samples or not flags, "only --import-samples takes flags after --")
-    need(options.export or not options.flat, "--flat goes with --export")
-    if options.import_samples:
-        import_samples(*options.import_samples, flags)
-    elif options.export:
-        export_samples(*options.export, options.flat)
-    else:
-        judge_runs(options)
-
-
 def main(argv=None):
-    return vbon.run_script("evaluate.py", lambda: run(sys.argv[1:] if argv is None else argv))
+    def run():
+        options = parse_options(argv)
+        if options.export:
+            export_samples(*options.export)
+        else:
+            judge_runs(options)
+    return vbon.run_script("evaluate.py", run)
 
 
 if __name__ == "__main__":
