@@ -21,10 +21,11 @@ Algorithm 1:
             reward: (log π_bon(y) − log π_ref(y))/N at the end, −(log π_θ − log π_ref)/N on every token
             GAE, whitened advantages, clipped losses, a few epochs
 
-Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 the
-test of a policy, 7 the toy, 8 tasks with real models, 9 π_ref's samples, 10 what makes it fast, 11 processes,
-files and the command line. The mathematics and the losses are pure functions of tensors, to copy out. What
-the first five call from further down does what its name says; a `Task` holds π_ref, reward and prompts.
+Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 what
+goes beyond it, 7 the test of a policy, 8 the toy, 9 tasks with real models, 10 π_ref's samples, 11 what makes
+it fast, 12 processes, files and the command line. The mathematics and the losses are pure functions of
+tensors, to copy out. What the first five call from further down does what its name says; a `Task` holds
+π_ref, reward and prompts.
 
 Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
@@ -99,31 +100,6 @@ def bon_win_rate(N):
     return N / (N + 1)
 
 
-def kl_to_bon(kl_to_ref, mean_log_F, N):
-    """KL(π_θ ‖ π_bon) in nats, from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], below 0.
-
-    For real responses p vanishes beside F, and log π_bon = log π_ref + log N + (N−1) log F.
-    """
-    return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
-
-
-def effective_N(mean_log_F):
-    """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
-
-    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. It is 1 for π_ref, less for a worse
-    policy.
-    """
-    return -1 / mean_log_F
-
-
-def excess_kl(kl_to_ref, mean_log_F):
-    """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats: `kl_to_bon` where N is `effective_N`.
-
-    As E[log F] is −1/N there, it is KL(π_θ ‖ π_ref) less `bon_kl(N)`. An estimate may be negative.
-    """
-    return kl_to_ref - bon_kl(effective_N(mean_log_F))
-
-
 ESTIMATORS = ("log_mean", "add_one", "posterior")
 
 
@@ -134,7 +110,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     nats. With k = #{m : r'_m < r}:
       "log_mean"   log(k/M)          the paper's, the log of the mean: consistent, biased, −inf at k = 0
       "add_one"    log((k+1)/(M+1))  the authors' code: always finite, and so the default
-      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref (`posterior_log_F`)
+      "posterior"  ψ(k+1) − ψ(M+2)   E[log F | k], exact when y ~ π_ref
     Only ranks enter: an increasing map of all rewards changes nothing. To break ties by a total order
     (App. C), pass ranks of (reward, order). Raises ValueError for M = 0, a NaN or another estimator.
     """
@@ -157,162 +133,8 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
     if estimator == "add_one":
         return torch.log((k + 1) / (M + 1))
     if estimator == "posterior":
-        return posterior_log_F(k, M)
+        return torch.digamma(k + 1) - torch.digamma(torch.full_like(k, M + 2))
     raise ValueError(f"unknown estimator {estimator!r}: choose from log_mean, add_one, posterior")
-
-
-def posterior_log_F(k, M, a=1):
-    """E[log F(y) | k of M samples of π_ref lie below y] = ψ(k+a) − ψ(M+a+1), for y drawn by Best-of-a.
-
-    a = 1 is π_ref. F ~ Beta(a, 1), and F | k ~ Beta(k+a, M−k+1). k: (...), float64. Returns (...), nats.
-    """
-    return torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
-
-
-def ranks(rewards, ref_rewards):
-    """How many of a prompt's M samples lie below each of R responses to it, a tie counting half: rewards
-    (..., R), ref_rewards (..., M) -> (..., R), float64."""
-    ref_rewards = ref_rewards.sort(-1).values
-    below = torch.searchsorted(ref_rewards, rewards)
-    return (below + torch.searchsorted(ref_rewards, rewards, right=True)).double() / 2
-
-
-def policy_log_F(k, M):
-    """log F̂ of a policy's responses, to judge it by their mean: k (...) of `ranks` among M -> (...), nats.
-
-    `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
-    Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives, 10 M at most:
-    right for every Best-of-N, near enough for what lies between. Ties bias it: if a fifth of the rewards are
-    one value, π_ref has an effective N of 1.07.
-    """
-    a = 1.0
-    for _ in range(200):
-        log_F = posterior_log_F(k, M, a)
-        a = effective_N(log_F.mean()).clamp(0.1, 10 * M)
-    # A response that is better moves a too: stretched so, the responses have the standard error of the mean.
-    slope = a ** 2 * (torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))).mean()
-    return log_F.mean() + (log_F - log_F.mean()) / (1 - slope)
-
-
-def fit_log_F(ref_rewards):
-    """The paper's smoothing of log F for summarization (§6): least squares of −a·exp(−b·r), a, b > 0.
-
-    ref_rewards: (..., M), whose log F̂ is that of add_one. Returns a, b, each (...), float64. For a given b
-    the best a has a closed form; b is taken from a grid, whose steps of 5 % are finer than the noise of F̂.
-    Raises ValueError for M < 3 or a non-finite reward.
-    """
-    r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
-    M = r.shape[-1]
-    if M < 3 or not r.isfinite().all():
-        raise ValueError("fit_log_F needs at least 3 finite reference rewards per prompt")
-    log_F = torch.log((torch.searchsorted(r, r) + 1) / (M + 1)).unsqueeze(-2)
-    # In units of the spread, and from 0 up so that no exponential overflows.
-    spread = r.std(-1, keepdim=True)
-    spread = torch.where(spread > 0, spread, 1.0)
-    z = ((r - r[..., :1]) / spread).unsqueeze(-2)
-    b = torch.linspace(-7, 7, 281, dtype=r.dtype, device=r.device).exp()
-    e = torch.exp(-b.unsqueeze(-1) * z)  # (..., grid, M)
-    a = -(log_F * e).sum(-1) / e.square().sum(-1)
-    best = (log_F + a.unsqueeze(-1) * e).square().sum(-1).argmin(-1, keepdim=True)
-    b = b[best] / spread
-    a = a.gather(-1, best) * torch.exp(b * r[..., :1])
-    if not a.isfinite().all():
-        raise ValueError("a = exp(b·r) overflows, for the rewards lie far from 0: subtract their mean first")
-    return a.squeeze(-1), b.squeeze(-1)
-
-
-def smooth_log_F(rewards, a, b):
-    """The curve that `fit_log_F` found: log F ≈ −a·exp(−b·r), in nats. All broadcast."""
-    return -a * torch.exp(-b * torch.as_tensor(rewards))
-
-
-def shared_log_F(ref_rewards, features=None):
-    """log F of P prompts, each from the samples of all: returns a function (rewards, prompt) -> log F̂, nats.
-
-    All rewards are ranked together, and the ranks read as normal quantiles z. `location_scale` says where the
-    z of a prompt lie and, from all prompts, how they spread: a guess G of its F that needs no sample of it.
-    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), so that G
-    counts most in the tail. κ is what predicts either half of the samples best from the other: 0 (nearly
-    `add_one`) where prompts are unlike.
-
-    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart. rewards:
-    (n,). prompt: (n,), indices. On the CPU; only `ranks` enter. log F̂: (n,), float64, finite, monotone in
-    the reward. Ours: the paper leaves it to future work (§5.1). Raises ValueError for a NaN, or no sample.
-    """
-    r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
-    P, n, pool = len(ref_rewards), len(r), r.sort().values
-    features = torch.zeros(P, 0) if features is None else torch.as_tensor(features)
-    if n == 0 or r.isnan().any() or features.isnan().any():
-        raise ValueError("shared_log_F needs a sample of at least one prompt, and no NaN")
-    owner = torch.arange(P).repeat_interleave(torch.tensor([len(r) for r in ref_rewards]))
-    below, not_above = (torch.searchsorted(pool, r, right=right) for right in (False, True))
-
-    def quantile(rank, of):
-        return torch.special.ndtri((rank.double() + 0.5) / of)
-    half, u = torch.rand(2, n, generator=torch.Generator().manual_seed(0)).double()
-    z = quantile(below + u * (not_above - below - 1), n + 1)  # ties are spread at random over their ranks
-    columns = features.double().T.contiguous()
-    s = quantile(ranks(columns, columns) - 0.5, P).T
-    X = torch.cat([torch.ones(P, 1).double(), s, s ** 2 - 1], 1)
-
-    def fit(used):
-        """From the samples that are used: a function (below, prompt) -> k, M, 1 − G."""
-        M, mu, sigma, e = location_scale(z[used], owner[used], X)
-        keys = (owner[used] * (n + 1) + below[used]).sort().values  # those of a prompt together, ascending
-
-        def look_up(below, prompt):
-            first = prompt * (n + 1)
-            k = torch.searchsorted(keys, first + below) - torch.searchsorted(keys, first)
-            less = torch.searchsorted(e, (quantile(below, n + 1) - mu[prompt]) / sigma[prompt])
-            return k, M[prompt], 1 - (less.double() + 0.5) / (len(e) + 1)
-        return look_up
-
-    def share_above(k, M, above, kappa):  # 1 − F̂; so written it is monotone even after rounding
-        return (M - k + above + kappa) / (M + 1 + kappa / above)
-    half, losses = half < 0.5, {}
-    for held in (half, ~half):
-        k, size, _ = fit(held)(below[held], owner[held])
-        known = fit(~held)(below[held], owner[held])
-        # Each held-out sample is a threshold, and a share y of the others of its prompt is not below it. The
-        # weights make up for there being fewer thresholds in the tail.
-        y, weight = (size - k - 1) / (size - 1).clamp(min=1), (size > 1) / (1 - (k + 0.5) / size)
-        for kappa in (1e6, 256, 64, 16, 4, 1, 0.25, 0):
-            S = share_above(*known, kappa)
-            log_loss = -(y * S.log() + (1 - y) * torch.log1p(-S))
-            losses[kappa] = losses.get(kappa, 0) + (weight * log_loss).sum().item()
-    kappa, look_up = min(losses, key=losses.get), fit(torch.ones_like(half))
-
-    def log_F(rewards, prompt):
-        below = torch.searchsorted(pool, torch.as_tensor(rewards, dtype=torch.double))
-        return torch.log1p(-share_above(*look_up(below, prompt), kappa))
-    return log_F
-
-
-def location_scale(z, prompt, X):
-    """Fits z = μ_x + σ_x·e, e alike for all P prompts x, to n samples: z (n,), prompt (n,) their prompts.
-
-    μ_x ~ Normal(X_x·b, τ²), X (P, K): the mean of M samples is shrunk towards X_x·b, the more the fewer there
-    are; b and τ² by EM. σ_x² is shrunk towards the common variance as if by 16 samples, and widened by the
-    error of μ_x. Returns M, μ, σ, each (P,), and the residuals e (n,), ascending, of mean square 1.
-    """
-    def total(values):
-        return torch.bincount(prompt, values, len(X)).double()
-    M, tau2 = total(torch.ones_like(z)), 1.0
-    mean, freedom = total(z) / M.clamp(min=1), (M - 1).clamp(min=0)
-    squares = total((z - mean[prompt]) ** 2)
-    common = (1 + squares.sum()) / (1 + freedom.sum())  # normal quantiles have variance 1
-    variance = (16 * common + squares) / (16 + freedom)
-    ridge = 1e-6 * torch.eye(X.shape[1], dtype=torch.double)
-    for _ in range(100):
-        weight = 1 / (variance / M + tau2)  # 0 without samples
-        WX = weight.unsqueeze(1) * X
-        prior = X @ torch.linalg.solve(X.T @ WX + ridge, WX.T @ mean)
-        mu, error = prior + tau2 * weight * (mean - prior), tau2 * (1 - tau2 * weight)
-        tau2 = ((M > 0) * ((mu - prior) ** 2 + error)).sum() / (M > 0).sum().clamp(min=1)
-        tau2 = tau2.clamp(min=1e-6)
-    sigma = (variance + error).sqrt()
-    e = ((z - mu[prompt]) / sigma[prompt]).sort().values
-    return M, mu, sigma, e / e.square().mean().sqrt().clamp(min=1e-6)
 
 
 OBJECTIVES = ("vbon", "bound", "bound1", "rlhf")
@@ -495,7 +317,7 @@ def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
 
     ids: (B, T), any tokens. mask (B, cached + T): false on padding; with a cache, ids are what it lacks yet.
     Other positions never pass through the LM head, whose V logits each are the peak of memory. The trunk
-    (B, T, H) is what enters the top K layers; given one, only these run (section 10).
+    (B, T, H) is what enters the top K layers; given one, only these run (section 11).
     """
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
@@ -621,78 +443,6 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def read_unfinished(task, prompts, rollout, ref_rewards, every):
-    """What the reward model says of B texts as far as they go: u (B, T), of the text before the token, at
-    every `every`-th token of a response; 0 at the others.
-
-    It is the rank k of that reward among the prompt's M as a normal quantile, u = Φ⁻¹((k+½)/(M+1)): no scale
-    enters. ref_rewards: (B, M).
-    """
-    tokens, M = token_lists(rollout), ref_rewards.shape[1]
-    cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
-    u = torch.zeros(rollout.mask.shape, dtype=torch.double)
-    if cuts:
-        rows, columns = torch.tensor(cuts).T
-        texts = decode(task, [prompts[b] for b, _ in cuts], [tokens[b][:t] for b, t in cuts])
-        scores = checked_scores(task, [prompts[b] for b, _ in cuts], [text + task.end for text in texts])
-        k = ranks(torch.tensor(scores, dtype=torch.double).unsqueeze(1), ref_rewards[rows]).squeeze(1)
-        u[rows, columns] = torch.special.ndtri((k + 0.5) / (M + 1))
-    return u
-
-
-def fit_values(u, returns, mask, every, sums, decay=15 / 16):
-    """V (B, T), without learning a network: of each block of `every` tokens a cubic in u, fitted to returns.
-
-    The returns are those of earlier phases, as a baseline must not know what it is taken from; only a block
-    that is new is fitted to its own. `sums` (blocks, 4, 5), updated in place, holds [XᵀX | Xᵀy] of X = 1, u,
-    u², u³, each phase with `decay` times the weight of the next.
-    """
-    x = torch.stack([torch.ones_like(u), u, u ** 2, u ** 3], -1)[:, ::every]
-    y = torch.cat([x, returns[:, ::every, None]], -1)
-    seen = sum(gathered(torch.einsum("bki,bkj->kij", x * mask[:, ::every, None], y)))
-    known = torch.where(sums[:, :1, :1] > 0, sums, seen)
-    # Few responses reach the last blocks, where a free cubic would be wild.
-    ridge = torch.diag(torch.tensor([0.01, 1.0, 4.0, 16.0], dtype=torch.double))
-    fit = torch.linalg.solve(known[..., :4] + ridge, known[..., 4])
-    sums.mul_(decay).add_(seen)
-    values = torch.einsum("bki,ki->bk", x, fit).repeat_interleave(every, 1)[:, :u.shape[1]]
-    return torch.where(mask, values, 0.0)
-
-
-def block_earnings(rewards, values, mask, size):
-    """What was earned in each token's block of `size` tokens: the rewards and the rise of the value. All
-    (B, T). Less noisy than an advantage, which reaches further, and as right as the values are."""
-    steps, _ = gae(rewards, values, mask, gamma=1.0, lam=0.0)
-    T = steps.shape[1]
-    blocks = nn.functional.pad(steps, (0, -T % size)).unflatten(1, (-1, size)).sum(2)
-    return blocks.repeat_interleave(size, 1)[:, :T]
-
-
-@torch.no_grad()
-def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
-    """A step of the natural gradient for a bias of the logits, one number b_a for each token a.
-
-    The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
-    these places: b_a moves by a `share` of the quotient over kl_coef, which would be the whole step to the
-    optimum. Plain gradients follow the frequent words, and pay more KL for the same reward. A word seen less
-    than share·prior times in a phase moves less: it is noisy.
-
-    counts (V,): the running mean of how often each token is drawn in a phase, zeros at first, updated in
-    place. hidden (n, H): what the output layer is given. The bias goes into its weight, as b vᵀ with
-    hidden·v ≈ 1: exactly so behind a LayerNorm, whose outputs lie in a plane.
-    """
-    tokens, earned = rollout.tokens[rollout.mask].cpu(), rollout.earned[rollout.mask].cpu().double()
-    seen = [torch.bincount(tokens, weight, len(counts)) for weight in (earned, torch.ones_like(earned))]
-    total, number = sum(gathered(torch.stack(seen)))
-    counts.lerp_(number, share if counts.any() else 1.0)
-    step = total / kl_coef / (counts / share + prior)
-
-    hidden = hidden.cpu().double()
-    gram, mean = (sum(gathered(x)) for x in (hidden.T @ hidden, hidden.sum(0)))
-    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
-    output.weight.add_(torch.outer(step, torch.linalg.solve(gram + ridge, mean)).to(output.weight))
-
-
 def response_log_probs(lm, batch, temperature, K=-1):
     """log π(y_t | x, y_<t) of the response's tokens, nats, (B, T); hidden states, (B, T, H); the trunk.
     With a trunk in the batch, only the top K layers run."""
@@ -767,24 +517,6 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     return rollout, metrics | {
         "objective/reward": scores.mean().item(), "objective/terminal_reward": terminal.mean().item(),
         "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
-
-
-def rollout_metrics(rollout, kls, scores, ref_rewards, N):
-    """What a rollout says of policy and critic. kls (B,): log π_θ − log π_ref of the responses, nats."""
-    mask, returns, M = rollout.mask, rollout.returns, ref_rewards.shape[1]
-    unexplained = masked_mean((returns - rollout.values) ** 2, mask)
-    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-12)
-    metrics = {
-        "objective/kl_to_ref": kls.mean().item(),
-        "objective/entropy": -rollout.log_probs.sum(1).mean().item(),
-        "objective/length": mask.sum(1).float().mean().item(),
-        "ppo/explained_variance": 1 - (unexplained / spread).item(),
-    }
-    if M > 0:  # rlhf draws no samples, unless for its critic
-        k = ranks(scores.unsqueeze(1), ref_rewards).squeeze(1)
-        distance = distance_to_bon(kls, k, M, N)
-        metrics |= {f"objective/{name}": x.mean().item() for name, x in distance.items()}
-    return metrics
 
 
 def update(policy, critic, optimizer, rollout, args, generator):
@@ -876,7 +608,264 @@ def train(args):
     return save_results(args, task, world, result, samples, policy)
 
 
-# ========== 6. The test of a policy =========================================================================
+# ========== 6. Beyond Algorithm 1 ===========================================================================
+# Ours: a critic that reads the unfinished text (--critic-every), a bias of the logits for each token
+# (--token-step) and log F from a few samples (--estimator shared). results/README.md has what each gains.
+# The paper's: log F smoothed for summarization (--estimator smooth).
+
+
+def read_unfinished(task, prompts, rollout, ref_rewards, every):
+    """What the reward model says of B texts as far as they go: u (B, T), of the text before the token, at
+    every `every`-th token of a response; 0 at the others.
+
+    It is the rank k of that reward among the prompt's M as a normal quantile, u = Φ⁻¹((k+½)/(M+1)): no scale
+    enters. ref_rewards: (B, M).
+    """
+    tokens, M = token_lists(rollout), ref_rewards.shape[1]
+    cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
+    u = torch.zeros(rollout.mask.shape, dtype=torch.double)
+    if cuts:
+        rows, columns = torch.tensor(cuts).T
+        texts = decode(task, [prompts[b] for b, _ in cuts], [tokens[b][:t] for b, t in cuts])
+        scores = checked_scores(task, [prompts[b] for b, _ in cuts], [text + task.end for text in texts])
+        k = ranks(torch.tensor(scores, dtype=torch.double).unsqueeze(1), ref_rewards[rows]).squeeze(1)
+        u[rows, columns] = torch.special.ndtri((k + 0.5) / (M + 1))
+    return u
+
+
+def fit_values(u, returns, mask, every, sums, decay=15 / 16):
+    """V (B, T), without learning a network: of each block of `every` tokens a cubic in u, fitted to returns.
+
+    The returns are those of earlier phases, as a baseline must not know what it is taken from; only a block
+    that is new is fitted to its own. `sums` (blocks, 4, 5), updated in place, holds [XᵀX | Xᵀy] of X = 1, u,
+    u², u³, each phase with `decay` times the weight of the next.
+    """
+    x = torch.stack([torch.ones_like(u), u, u ** 2, u ** 3], -1)[:, ::every]
+    y = torch.cat([x, returns[:, ::every, None]], -1)
+    seen = sum(gathered(torch.einsum("bki,bkj->kij", x * mask[:, ::every, None], y)))
+    known = torch.where(sums[:, :1, :1] > 0, sums, seen)
+    # Few responses reach the last blocks, where a free cubic would be wild.
+    ridge = torch.diag(torch.tensor([0.01, 1.0, 4.0, 16.0], dtype=torch.double))
+    fit = torch.linalg.solve(known[..., :4] + ridge, known[..., 4])
+    sums.mul_(decay).add_(seen)
+    values = torch.einsum("bki,ki->bk", x, fit).repeat_interleave(every, 1)[:, :u.shape[1]]
+    return torch.where(mask, values, 0.0)
+
+
+def block_earnings(rewards, values, mask, size):
+    """What was earned in each token's block of `size` tokens: the rewards and the rise of the value. All
+    (B, T). Less noisy than an advantage, which reaches further, and as right as the values are."""
+    steps, _ = gae(rewards, values, mask, gamma=1.0, lam=0.0)
+    T = steps.shape[1]
+    blocks = nn.functional.pad(steps, (0, -T % size)).unflatten(1, (-1, size)).sum(2)
+    return blocks.repeat_interleave(size, 1)[:, :T]
+
+
+@torch.no_grad()
+def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
+    """A step of the natural gradient for a bias of the logits, one number b_a for each token a.
+
+    The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
+    these places: b_a moves by a `share` of the quotient over kl_coef, which would be the whole step to the
+    optimum. Plain gradients follow the frequent words, and pay more KL for the same reward. A word seen less
+    than share·prior times in a phase moves less: it is noisy.
+
+    counts (V,): the running mean of how often each token is drawn in a phase, zeros at first, updated in
+    place. hidden (n, H): what the output layer is given. The bias goes into its weight, as b vᵀ with
+    hidden·v ≈ 1: exactly so behind a LayerNorm, whose outputs lie in a plane.
+    """
+    tokens, earned = rollout.tokens[rollout.mask].cpu(), rollout.earned[rollout.mask].cpu().double()
+    seen = [torch.bincount(tokens, weight, len(counts)) for weight in (earned, torch.ones_like(earned))]
+    total, number = sum(gathered(torch.stack(seen)))
+    counts.lerp_(number, share if counts.any() else 1.0)
+    step = total / kl_coef / (counts / share + prior)
+
+    hidden = hidden.cpu().double()
+    gram, mean = (sum(gathered(x)) for x in (hidden.T @ hidden, hidden.sum(0)))
+    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
+    output.weight.add_(torch.outer(step, torch.linalg.solve(gram + ridge, mean)).to(output.weight))
+
+
+def fit_log_F(ref_rewards):
+    """The paper's smoothing of log F for summarization (§6): least squares of −a·exp(−b·r), a, b > 0.
+
+    ref_rewards: (..., M), whose log F̂ is that of add_one. Returns a, b, each (...), float64. For a given b
+    the best a has a closed form; b is taken from a grid, whose steps of 5 % are finer than the noise of F̂.
+    Raises ValueError for M < 3 or a non-finite reward.
+    """
+    r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
+    M = r.shape[-1]
+    if M < 3 or not r.isfinite().all():
+        raise ValueError("fit_log_F needs at least 3 finite reference rewards per prompt")
+    log_F = torch.log((torch.searchsorted(r, r) + 1) / (M + 1)).unsqueeze(-2)
+    # In units of the spread, and from 0 up so that no exponential overflows.
+    spread = r.std(-1, keepdim=True)
+    spread = torch.where(spread > 0, spread, 1.0)
+    z = ((r - r[..., :1]) / spread).unsqueeze(-2)
+    b = torch.linspace(-7, 7, 281, dtype=r.dtype, device=r.device).exp()
+    e = torch.exp(-b.unsqueeze(-1) * z)  # (..., grid, M)
+    a = -(log_F * e).sum(-1) / e.square().sum(-1)
+    best = (log_F + a.unsqueeze(-1) * e).square().sum(-1).argmin(-1, keepdim=True)
+    b = b[best] / spread
+    a = a.gather(-1, best) * torch.exp(b * r[..., :1])
+    if not a.isfinite().all():
+        raise ValueError("a = exp(b·r) overflows, for the rewards lie far from 0: subtract their mean first")
+    return a.squeeze(-1), b.squeeze(-1)
+
+
+def smooth_log_F(rewards, a, b):
+    """The curve that `fit_log_F` found: log F ≈ −a·exp(−b·r), in nats. All broadcast."""
+    return -a * torch.exp(-b * torch.as_tensor(rewards))
+
+
+def shared_log_F(ref_rewards, features=None):
+    """log F of P prompts, each from the samples of all: returns a function (rewards, prompt) -> log F̂, nats.
+
+    All rewards are ranked together, and the ranks read as normal quantiles z. `location_scale` says where the
+    z of a prompt lie and, from all prompts, how they spread: a guess G of its F that needs no sample of it.
+    The k of its M samples that lie below y correct it: F̂ = (k + c·G)/(M + c) with c = 1 + κ/(1−G), so that G
+    counts most in the tail. κ is what predicts either half of the samples best from the other: 0 (nearly
+    `add_one`) where prompts are unlike.
+
+    ref_rewards: P tensors (M_x,) of any lengths, 0 too. features: (P, K) that tell prompts apart. rewards:
+    (n,). prompt: (n,), indices. On the CPU; only `ranks` enter. log F̂: (n,), float64, finite, monotone in
+    the reward. Ours: the paper leaves it to future work (§5.1). Raises ValueError for a NaN, or no sample.
+    """
+    r = torch.cat([torch.as_tensor(r, dtype=torch.double) for r in ref_rewards])
+    P, n, pool = len(ref_rewards), len(r), r.sort().values
+    features = torch.zeros(P, 0) if features is None else torch.as_tensor(features)
+    if n == 0 or r.isnan().any() or features.isnan().any():
+        raise ValueError("shared_log_F needs a sample of at least one prompt, and no NaN")
+    owner = torch.arange(P).repeat_interleave(torch.tensor([len(r) for r in ref_rewards]))
+    below, not_above = (torch.searchsorted(pool, r, right=right) for right in (False, True))
+
+    def quantile(rank, of):
+        return torch.special.ndtri((rank.double() + 0.5) / of)
+    half, u = torch.rand(2, n, generator=torch.Generator().manual_seed(0)).double()
+    z = quantile(below + u * (not_above - below - 1), n + 1)  # ties are spread at random over their ranks
+    columns = features.double().T.contiguous()
+    s = quantile(ranks(columns, columns) - 0.5, P).T
+    X = torch.cat([torch.ones(P, 1).double(), s, s ** 2 - 1], 1)
+
+    def fit(used):
+        """From the samples that are used: a function (below, prompt) -> k, M, 1 − G."""
+        M, mu, sigma, e = location_scale(z[used], owner[used], X)
+        keys = (owner[used] * (n + 1) + below[used]).sort().values  # those of a prompt together, ascending
+
+        def look_up(below, prompt):
+            first = prompt * (n + 1)
+            k = torch.searchsorted(keys, first + below) - torch.searchsorted(keys, first)
+            less = torch.searchsorted(e, (quantile(below, n + 1) - mu[prompt]) / sigma[prompt])
+            return k, M[prompt], 1 - (less.double() + 0.5) / (len(e) + 1)
+        return look_up
+
+    def share_above(k, M, above, kappa):  # 1 − F̂; so written it is monotone even after rounding
+        return (M - k + above + kappa) / (M + 1 + kappa / above)
+    half, losses = half < 0.5, {}
+    for held in (half, ~half):
+        k, size, _ = fit(held)(below[held], owner[held])
+        known = fit(~held)(below[held], owner[held])
+        # Each held-out sample is a threshold, and a share y of the others of its prompt is not below it. The
+        # weights make up for there being fewer thresholds in the tail.
+        y, weight = (size - k - 1) / (size - 1).clamp(min=1), (size > 1) / (1 - (k + 0.5) / size)
+        for kappa in (1e6, 256, 64, 16, 4, 1, 0.25, 0):
+            S = share_above(*known, kappa)
+            log_loss = -(y * S.log() + (1 - y) * torch.log1p(-S))
+            losses[kappa] = losses.get(kappa, 0) + (weight * log_loss).sum().item()
+    kappa, look_up = min(losses, key=losses.get), fit(torch.ones_like(half))
+
+    def log_F(rewards, prompt):
+        below = torch.searchsorted(pool, torch.as_tensor(rewards, dtype=torch.double))
+        return torch.log1p(-share_above(*look_up(below, prompt), kappa))
+    return log_F
+
+
+def location_scale(z, prompt, X):
+    """Fits z = μ_x + σ_x·e, e alike for all P prompts x, to n samples: z (n,), prompt (n,) their prompts.
+
+    μ_x ~ Normal(X_x·b, τ²), X (P, K): the mean of M samples is shrunk towards X_x·b, the more the fewer there
+    are; b and τ² by EM. σ_x² is shrunk towards the common variance as if by 16 samples, and widened by the
+    error of μ_x. Returns M, μ, σ, each (P,), and the residuals e (n,), ascending, of mean square 1.
+    """
+    def total(values):
+        return torch.bincount(prompt, values, len(X)).double()
+    M, tau2 = total(torch.ones_like(z)), 1.0
+    mean, freedom = total(z) / M.clamp(min=1), (M - 1).clamp(min=0)
+    squares = total((z - mean[prompt]) ** 2)
+    common = (1 + squares.sum()) / (1 + freedom.sum())  # normal quantiles have variance 1
+    variance = (16 * common + squares) / (16 + freedom)
+    ridge = 1e-6 * torch.eye(X.shape[1], dtype=torch.double)
+    for _ in range(100):
+        weight = 1 / (variance / M + tau2)  # 0 without samples
+        WX = weight.unsqueeze(1) * X
+        prior = X @ torch.linalg.solve(X.T @ WX + ridge, WX.T @ mean)
+        mu, error = prior + tau2 * weight * (mean - prior), tau2 * (1 - tau2 * weight)
+        tau2 = ((M > 0) * ((mu - prior) ** 2 + error)).sum() / (M > 0).sum().clamp(min=1)
+        tau2 = tau2.clamp(min=1e-6)
+    sigma = (variance + error).sqrt()
+    e = ((z - mu[prompt]) / sigma[prompt]).sort().values
+    return M, mu, sigma, e / e.square().mean().sqrt().clamp(min=1e-6)
+
+
+# ========== 7. The test of a policy =========================================================================
+
+
+def kl_to_bon(kl_to_ref, mean_log_F, N):
+    """KL(π_θ ‖ π_bon) in nats, from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], below 0.
+
+    For real responses p vanishes beside F, and log π_bon = log π_ref + log N + (N−1) log F.
+    """
+    return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
+
+
+def effective_N(mean_log_F):
+    """The N of the Best-of-N nearest to a policy with E_{π_θ}[log F] = mean_log_F, below 0, in nats.
+
+    There the derivative of `kl_to_bon` by N, −1/N − E[log F], is zero. It is 1 for π_ref, less for a worse
+    policy.
+    """
+    return -1 / mean_log_F
+
+
+def excess_kl(kl_to_ref, mean_log_F):
+    """KL(π_θ ‖ π_bon) to the nearest Best-of-N, in nats: `kl_to_bon` where N is `effective_N`.
+
+    As E[log F] is −1/N there, it is KL(π_θ ‖ π_ref) less `bon_kl(N)`. An estimate may be negative.
+    """
+    return kl_to_ref - bon_kl(effective_N(mean_log_F))
+
+
+def ranks(rewards, ref_rewards):
+    """How many of a prompt's M samples lie below each of R responses to it, a tie counting half: rewards
+    (..., R), ref_rewards (..., M) -> (..., R), float64."""
+    ref_rewards = ref_rewards.sort(-1).values
+    below = torch.searchsorted(ref_rewards, rewards)
+    return (below + torch.searchsorted(ref_rewards, rewards, right=True)).double() / 2
+
+
+def posterior_log_F(k, M, a=1):
+    """E[log F(y) | k of M samples of π_ref lie below y] = ψ(k+a) − ψ(M+a+1), for y drawn by Best-of-a.
+
+    a = 1 is π_ref. F ~ Beta(a, 1), and F | k ~ Beta(k+a, M−k+1). k: (...), float64. Returns (...), nats.
+    """
+    return torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
+
+
+def policy_log_F(k, M):
+    """log F̂ of a policy's responses, to judge it by their mean: k (...) of `ranks` among M -> (...), nats.
+
+    `estimate_log_F` takes a response for one of π_ref, and so draws the mean of a better policy down by 1/M.
+    Here it is `posterior_log_F` with the a that is the `effective_N` of the mean it gives, 10 M at most:
+    right for every Best-of-N, near enough for what lies between. Ties bias it: if a fifth of the rewards are
+    one value, π_ref has an effective N of 1.07.
+    """
+    a = 1.0
+    for _ in range(200):
+        log_F = posterior_log_F(k, M, a)
+        a = effective_N(log_F.mean()).clamp(0.1, 10 * M)
+    # A response that is better moves a too: stretched so, the responses have the standard error of the mean.
+    slope = a ** 2 * (torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))).mean()
+    return log_F.mean() + (log_F - log_F.mean()) / (1 - slope)
 
 
 @torch.no_grad()
@@ -918,6 +907,24 @@ def distance_to_bon(kls, k, M, N):
             "excess_kl": kl_to_bon(kls, log_F, a), "kl_to_bon": kl_to_bon(kls, log_F, N)}
 
 
+def rollout_metrics(rollout, kls, scores, ref_rewards, N):
+    """What a rollout says of policy and critic. kls (B,): log π_θ − log π_ref of the responses, nats."""
+    mask, returns, M = rollout.mask, rollout.returns, ref_rewards.shape[1]
+    unexplained = masked_mean((returns - rollout.values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-12)
+    metrics = {
+        "objective/kl_to_ref": kls.mean().item(),
+        "objective/entropy": -rollout.log_probs.sum(1).mean().item(),
+        "objective/length": mask.sum(1).float().mean().item(),
+        "ppo/explained_variance": 1 - (unexplained / spread).item(),
+    }
+    if M > 0:  # rlhf draws no samples, unless for its critic
+        k = ranks(scores.unsqueeze(1), ref_rewards).squeeze(1)
+        distance = distance_to_bon(kls, k, M, N)
+        metrics |= {f"objective/{name}": x.mean().item() for name, x in distance.items()}
+    return metrics
+
+
 def test_metrics(task, responses, kls, ref_rewards, args):
     """Means and standard errors over test prompts of what `sample_policy` returned: reward, win rate against
     π_ref's samples (a tie counts half), KL, distance from Best-of-N; "in/" and "out/", on tldr's subreddits
@@ -945,7 +952,7 @@ def test_metrics(task, responses, kls, ref_rewards, args):
     return metrics, [dict(zip(keys, row)) for row in zip(repeated, responses, rewards, kls, means)]
 
 
-# ========== 7. The toy: a world small enough to be known exactly ============================================
+# ========== 8. The toy: a world small enough to be known exactly ============================================
 # A tiny GPT-2 learns to finish "the acting was" with a verdict such as "very superb ." or "slow but moving ."
 # The full stop is EOS. With 18 words and at most 4 tokens there are 111 151 possible responses to each
 # prompt, so that every distance between distributions is known exactly. Training sees the M samples only.
@@ -1122,7 +1129,7 @@ class ExactWorld:
             print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
-# ========== 8. imdb, tldr, and your own models and prompts ==================================================
+# ========== 9. imdb, tldr, and your own models and prompts ==================================================
 
 
 def text_task(args):
@@ -1340,7 +1347,7 @@ def tldr_prompt(row, tokenizer, longest):
     return head + post + tail
 
 
-# ========== 9. π_ref's samples: drawn once, stored, resumed =================================================
+# ========== 10. π_ref's samples: drawn once, stored, resumed ================================================
 
 
 def reference_samples(task, args, keep_tokens=False):
@@ -1550,7 +1557,7 @@ def write_line(path, header, line):
             file.write(start + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
-# ========== 10. What makes it fast ==========================================================================
+# ========== 11. What makes it fast ==========================================================================
 # bench/pieces.py measures each against the same phase without it; bench/README.md has the table.
 #   Decoding knows the log-probs, values and trunk of every token: `collect` computes none of them again.
 #   Policy and π_ref share the frozen layers, which run once: `make_policy`, `top_layers`.
@@ -1691,7 +1698,7 @@ def with_fused_gelu(model):
     return model
 
 
-# ========== 11. Processes, files, the command line ==========================================================
+# ========== 12. Processes, files, the command line ==========================================================
 
 # --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing ------------------
 
