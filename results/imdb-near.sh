@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # imdb with small models: how near to Best-of-16 each method comes, for results/imdb-near.* and
-# figures/imdb-near/. vBoN and PPO on the reward as the recipe has them and without the bias of tokens, vBoN
-# with the paper's critic too, the baselines, Best-of-16 itself, and two long runs.
-# 21 runs, 5 hours of one core, of which one run takes an hour. Arguments are added to every run.
+# figures/imdb-near/. vBoN and PPO on the reward as the recipe has them and without the bias of tokens, PPO at
+# two strengths, vBoN with the paper's critic too, at N = 4 and 64, by its bound L, the baselines, Best-of-16
+# itself, and two long runs. 27 runs, 6 hours of one core, of which one run takes an hour. Arguments are added
+# to every run.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR results/imdb-near.sh
 set -eo pipefail
@@ -22,9 +23,15 @@ short="--episodes 10240 --resume"
         echo "$vbon/vbon-nobias-seed$s --token-step 0"
         echo "$vbon/vbon-head-seed$s --token-step 0 --critic-every 0 --lam 0.95"
     done
+    for N in 4 64; do
+        echo "python vbon.py --N $N $short --out $out/vbon-N$N-seed0"
+    done
+    echo "python vbon.py --objective bound --N 16 $short --out $out/bound-seed0"
     for s in 0 1 2; do
+        for beta in 0.03 0.05; do
+            echo "python vbon.py --objective rlhf --beta $beta $short --seed $s --out $out/rlhf-beta$beta-seed$s"
+        done
         ppo="python vbon.py --objective rlhf --beta 0.03 $short --seed $s --out $out"
-        echo "$ppo/rlhf-beta0.03-seed$s"
         echo "$ppo/rlhf-nobias-beta0.03-seed$s --token-step 0"
     done
     echo "python bon_baselines.py bon --N 16 --out $out/bon-seed0"
