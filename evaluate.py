@@ -398,14 +398,9 @@ def export_samples(path, target, flat):
     """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}, or
     if flat {"prompt", "text", "reward"} for each response, whose text holds the prompt."""
     need(os.path.realpath(path) != os.path.realpath(target), f"--export {path} {target}: these are one file")
-    # Refuses a damaged file, whatever made it.
-    _, _, size = vbon.read_samples(path, {"vbon_samples": 4})
-    rows = {}
-    with open(path, "rb") as file:
-        for line in map(json.loads, file.read(size).splitlines()[1:]):
-            if line["split"] == "train":
-                for prompt, *pairs in zip(line["prompts"], line["responses"], line["rewards"]):
-                    rows.setdefault(prompt, []).extend(zip(*pairs))
+    samples, _ = vbon.read_samples(path, {"vbon_samples": 4}, ("rewards", "responses"))  # whatever made them
+    rows = {prompt: list(zip(known["responses"], known["rewards"]))
+            for (split, prompt), known in samples.items() if split == "train"}
     if flat:
         lines = [{"prompt": p, "text": p + y, "reward": r} for p, pairs in rows.items() for y, r in pairs]
     else:
@@ -428,15 +423,14 @@ def import_samples(theirs, path, flags):
     need(any(p in found for p in prompts), f"{theirs} has none of the training prompts of this --task: "
          "after -- give the flags of vbon.py that have them")
     lock = vbon.take_lock(path + ".lock", wait=True)  # noqa: F841, held until this function ends
-    rewards, _, size = vbon.read_samples(path, header)
-    if os.path.exists(path):
-        os.truncate(path, size)  # a line that a killed run left unfinished
-    taken = [p for p in prompts if found.get(p) and ("train", p) not in rewards]
+    samples, size = vbon.read_samples(path, header)
+    taken = [p for p in prompts if found.get(p) and ("train", p) not in samples]
     for prompt in taken:
         responses, scores = map(list, zip(*found[prompt]))
         tokens = [token_ids(task, prompt, response, args.max_new_tokens) for response in responses]
-        vbon.write_line(path, header, {"split": "train", "start": 0, "prompts": [prompt], "rewards": [scores],
-                                       "responses": [responses], "tokens": [tokens]})
+        line = {"split": "train", "start": 0, "prompts": [prompt], "rewards": [scores],
+                "responses": [responses], "tokens": [tokens]}
+        size = vbon.write_line(path, header, line, size)
     print(f"{path}: samples of {len(taken)} of the {len(prompts)} training prompts taken over")
 
 
@@ -475,7 +469,6 @@ def read_theirs(path):
 def parse_options(argv):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.error = vbon.refuse
     add = parser.add_argument
     add("runs", nargs="*", help="folders of finished runs of one task")
     add("--csv", metavar="FILE", help="write every run as a row")
