@@ -879,8 +879,8 @@ def test_what_training_aims_at_is_the_optimum(toy, objective):
     world, generator = vbon.ExactWorld(toy[0], args), np.random.default_rng(0)
     M = 100_000
     ref_rewards = {("train", p): world.rewards[torch.from_numpy(generator.choice(
-        len(row), M, p=(row.exp() / row.exp().sum()).numpy()))] for p, row in zip(world.task.train_prompts, world.log_ref)}
-    log_F = torch.stack([vbon.log_F_of(world.rewards, ref_rewards["train", p], args) for p in world.task.train_prompts])
+        len(row), M, p=(row.exp() / row.exp().sum()).numpy()))] for p, row in zip(world.prompts, world.log_ref)}
+    log_F = torch.stack([vbon.log_F_of(world.rewards, ref_rewards["train", p], args) for p in world.prompts])
     reward, c = vbon.terminal_reward(world.rewards, log_F, world.log_ref, args), args.kl_coef
 
     def value(log_pi):
@@ -927,7 +927,7 @@ def test_same_seed_same_run_and_saved_policy(toy):
     world = vbon.ExactWorld(task, toy_args())
     exact = world.metrics(world.log_probs(policy))
     assert exact["exact/kl_to_bon"] == pytest.approx(result["exact/kl_to_bon"], abs=1e-5)
-    assert AutoTokenizer.from_pretrained(folder / "one/policy").encode("the plot was") == task.encode("the plot was")
+    assert AutoTokenizer.from_pretrained(folder / "one/policy").encode("the plot was") == world.prompt_ids[2]
 
 
 def test_toy_learns_to_be_its_own_best_of_4(toy, tmp_path):
@@ -950,7 +950,7 @@ def test_estimates_on_the_test_prompts_agree_with_the_exact_values(toy, tmp_path
     exact = world.metrics(world.log_probs(policy))
     for name in ("reward", "win_rate", "kl_to_ref", "effective_N", "excess_kl", "kl_to_bon"):
         assert result[name] == pytest.approx(exact["exact/" + name], abs=4 * result[name + "_se"])
-    log_ratio = {(p, y): r for p, row in zip(world.task.train_prompts, world.log_probs(policy) - world.log_ref)
+    log_ratio = {(p, y): r for p, row in zip(world.prompts, world.log_probs(policy) - world.log_ref)
                  for y, r in zip(world.responses, row.tolist())}
     plain = np.array([log_ratio[s["prompt"], s["response"].strip()] for s in samples])
     assert exact["exact/kl_to_ref"] == pytest.approx(plain.mean(), abs=4 * plain.std() / math.sqrt(2000))
@@ -1005,9 +1005,9 @@ os.replace = killed"""
 
 def stop_before_the_test(*argv):
     """A run that Ctrl-C stops when its phases are done."""
-    with unittest.mock.patch.object(vbon, "sample_policy", side_effect=KeyboardInterrupt):
-        result = call(*argv)
-    assert result.returncode == 130 and "--resume" in result.stderr.splitlines()[-1]
+    with (unittest.mock.patch.object(vbon, "sample_policy", side_effect=KeyboardInterrupt),
+          pytest.raises(KeyboardInterrupt)):
+        call(*argv)
 
 
 @pytest.fixture(scope="module")
@@ -1043,7 +1043,7 @@ def test_a_stopped_run_goes_on_or_begins_anew(stopped, toy, tmp_path):
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
-@pytest.mark.parametrize("lr, episodes, minibatch", [(1e30, 256, 64), (1e30, 256, 128), (1e10, 128, 128)])
+@pytest.mark.parametrize("lr, episodes, minibatch", [(1e18, 256, 64), (1e18, 256, 128), (1e10, 128, 128)])
 def test_weights_that_are_no_numbers_are_not_kept(script, method, lr, episodes, minibatch, tmp_path):
     run = tmp_path / "run"
     argv = flags(TOY, lr=lr, episodes=episodes, save_every=1, ppo_epochs=1, minibatch=minibatch, out=run)
@@ -1087,7 +1087,7 @@ vbon.sample_policy = wait"""
     ("--N 0", "--N"), ("--N many", "--N"), ("--N nan", "--N"), ("--N inf", "--N"), ("--M 0", "--M"),
     ("--task chess", "toy"), ("--objective sft", "bound1"), ("--estimator mean", "log_mean"),
     ("--temperature 0", "--temperature"), ("--temperature 1e-9", "--temperature"),
-    ("--adam-eps 0", "--adam-eps"), 
+    ("--adam-eps 0", "--adam-eps"),
     (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"), ("--lr nan", "--lr"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--minibatch 4096", "--rollouts"),
     ("--unfrozen-layers 7", "2 layers"), ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"),

@@ -1043,9 +1043,9 @@ class ExactWorld:
     """What only the toy can know, of P prompts and all S responses: log π_ref, log F, log π_bon, each
     (P, S) float64 nats, and the rewards (S,)."""
 
-    def __init__(self, task, args):
-        self.args, self.task = args, task
-        self.aim = {}  # what perfect training would reach, for result.json
+    def __init__(self, task, args, ref_rewards=None):
+        self.args, self.prompts = args, task.train_prompts
+        self.prompt_ids = [task.encode(p) for p in self.prompts]
         # Those of 0, 1, … words that EOS ended, then those cut off at the limit.
         self.responses = [" ".join(words) for length in range(args.max_new_tokens + 1)
                           for words in itertools.product(TOY_WORDS, repeat=length)]
@@ -1057,12 +1057,19 @@ class ExactWorld:
         F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
         self.log_F = F.clamp(min=0).log()
         self.log_bon = log_bon_pmf(self.log_F, self.log_ref, args.N)
+        # What training starts from and, on these samples of π_ref, aims at.
+        tqdm.write(f"toy: all {len(self.responses):,} responses to each prompt enumerated\n\n"
+                   "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
+        self.report("π_ref", self.log_ref)
+        self.report(f"π_bon, N = {args.N}", self.log_bon)
+        aim = self.report("what training aims at", self.optimum(ref_rewards)) if ref_rewards else {}
+        self.aim = {f"{name}_of_optimum": x for name, x in aim.items() if name == "exact/kl_to_bon"}
 
     @torch.no_grad()
     def log_probs(self, lm):
         """log π(y) of every response to every prompt, (P, S)."""
         W, rows = len(TOY_WORDS), []
-        for prompt in map(self.task.encode, self.task.train_prompts):
+        for prompt in self.prompt_ids:
             # After t words EOS, the token W, ends a response, or one of W words extends it.
             ids, log_p, ended = torch.tensor([prompt]), torch.zeros(1, dtype=torch.double), []
             for _ in range(self.args.max_new_tokens):
@@ -1091,20 +1098,9 @@ class ExactWorld:
 
     def optimum(self, ref_rewards):
         """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef)."""
-        log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args)
-                             for p in self.task.train_prompts])
+        log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.prompts])
         reward = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
         return (self.log_ref + reward / max(self.args.kl_coef, 1e-9)).log_softmax(1)
-
-    def begin(self, ref_rewards=None):
-        """Shows what training starts from and, given the samples, aims at."""
-        print(f"toy: all {len(self.responses):,} responses to each prompt enumerated\n\n"
-              "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
-        self.report("π_ref", self.log_ref)
-        self.report(f"π_bon, N = {self.args.N}", self.log_bon)
-        if ref_rewards:
-            exact = self.report("what training aims at", self.optimum(ref_rewards))
-            self.aim = {"exact/kl_to_bon_of_optimum": exact["exact/kl_to_bon"]}
 
     def report(self, name, log_pi):
         """Shows the exact metrics of log_pi (P, S) above the progress bar, and returns them."""
@@ -1192,9 +1188,8 @@ def check_sampler(lm, eos, args):
 
 
 def load_reward(name, device, end="", without_end=None):
-    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it: its one
-    logit, or the probability of the positive of its two labels. With `end`, responses whose text does not
-    end so earn `without_end`."""
+    """A classifier's logit, or the probability of the positive of its two labels, as a function (prompts,
+    responses) -> rewards, and what identifies it. Without `end` at its end a response earns `without_end`."""
     from transformers import AutoModelForSequenceClassification
     model, tokenizer = load("reward", AutoModelForSequenceClassification, name, device)
     labels = {str(label).upper()[:3]: i for i, label in model.config.id2label.items()}
@@ -1276,11 +1271,10 @@ def read_prompts(args, tokenizer, longest):
              f"{split} split")
         return prompts
     related = True if args.task == "tldr" else None
-    unrelated = args.test_prompts // 2 if related else 0
-    train = draw("train", args.train_prompts, related)
-    test = draw("test", args.test_prompts - unrelated, related)
-    if unrelated:
-        test += draw("test", unrelated, False)
+    half = args.test_prompts // 2 if related else 0
+    train, test = draw("train", args.train_prompts, related), draw("test", args.test_prompts - half, related)
+    if half:
+        test += draw("test", half, False)
     return train, test, draw("train", 0 if args.M else OTHERS[0], related)
 
 
@@ -1313,9 +1307,8 @@ def reference_samples(task, args, keep_tokens=False):
     """The rewards of M samples of π_ref to every training prompt, and of test_M to every test prompt.
 
     Returns {(split, prompt): (M,) float64, ascending}; with keep_tokens {(split, prompt): (rewards as drawn,
-    lists of token ids, EOS included)}. What their file lacks is drawn and added to it. The samples of a prompt
-    depend on --data-seed, the split and the prompt alone. With --estimator shared the training prompts'
-    rewards are those of `share_samples`.
+    lists of token ids, EOS included)}. What their file lacks is drawn and added to it. A prompt's samples
+    depend on --data-seed, the split and the prompt alone. With --estimator shared see `share_samples`.
     """
     needs_F = args.objective != "rlhf" or args.critic_every  # to train on
     share = args.estimator == "shared" and needs_F and not keep_tokens and task.train_prompts
@@ -1339,11 +1332,8 @@ def reference_samples(task, args, keep_tokens=False):
 
 
 def share_samples(ref_rewards, Q=1000):
-    """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it.
-
-    Whatever ranks a reward among a prompt's M samples then ranks it as if M were Q. The feature is the reward
-    of the bare prompt. M may be 0: a stream of prompts needs no samples of its own.
-    """
+    """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it,
+    to rank others among. The feature is the reward of the bare prompt. M may be 0."""
     prompts = [prompt for split, prompt in ref_rewards if split == "train"]
     samples, bare = ([ref_rewards[split, p] for p in prompts] for split in ("train", "empty"))
     log_F, pool = shared_log_F(samples, torch.stack(bare)), torch.cat(samples).sort().values
@@ -1367,11 +1357,8 @@ def samples_file(task, args):
 
 
 def draw_missing(task, args, wanted, samples, path, header, size):
-    """Draws and scores what is missing, and adds it to the file. Returns whether anything was.
-
-    Rounding differs between batches of other shapes. So batches are written whole: what a killed run leaves
-    to do is the rest of the same order, and the file ends with the same bytes.
-    """
+    """Draws and scores what is missing, and adds it to the file. Returns whether anything was. Batches are
+    written whole, for rounding differs between shapes: a killed run's file ends with the same bytes."""
     have, order = {key: len(samples[key]["rewards"]) for key in wanted}, ("train", "test", "empty").index
     missing = sorted((key for key in wanted if have[key] < wanted[key]),
                      key=lambda key: (order(key[0]), have[key], len(task.encode(key[1])), key))
@@ -1385,8 +1372,7 @@ def draw_missing(task, args, wanted, samples, path, header, size):
         at_once = max(1, (16_384 if by_vllm else args.sample_batch) // M)
         batches += [(split, prompts[i:i + at_once], start, M) for i in range(0, len(prompts), at_once)]
     total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
-    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}; "
-          "a smaller --M or --train-prompts takes fewer")
+    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}")
     by_hand = functools.partial(sample_by_hand, task, args)
     sampler = vllm_sampler(task, args) if by_vllm else nullcontext(by_hand)
     with sampler as sample, tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar:
@@ -1444,9 +1430,8 @@ def vllm_sampler(task, args):
 
 
 def read_samples(path, header, columns=("rewards",)):
-    """{(split, prompt): {column: a list of samples}} of a file, and the bytes of its whole lines: a last one
-    without line break was being written when a run was killed. Raises UserError where the file was made by
-    other models or settings, or a line is damaged."""
+    """{(split, prompt): {column: a list of samples}} of a file, and the bytes of its whole lines: a kill may
+    have torn the last. Raises UserError where other models or settings made it, or a line is damaged."""
     samples = collections.defaultdict(lambda: {name: [] for name in columns})
     if not os.path.exists(path):
         return samples, 0
@@ -1493,9 +1478,9 @@ def write_line(path, header, line, size):
 
 
 # ========== 10. What makes it fast ==========================================================================
-# bench/README.md has the gain of each piece. Here are the layers that policy and π_ref share, which run once,
-# the log-prob of one token in V, a KV cache with room to grow, and GELU in one pass over memory. Elsewhere,
-# decoding knows the log-probs, values and trunk of every token, and reads a prompt once for all of its samples.
+# bench/README.md has the gain of each piece: the layers that policy and π_ref share run once; the loss needs
+# the log-prob of one token in V; the KV cache has room to grow; GELU takes one pass over memory. Decoding, in
+# section 3, reads a prompt once for all its samples and keeps log-probs, values and trunk of every token.
 
 
 def make_policy(ref, K, own_output=False):
@@ -1533,9 +1518,8 @@ def transformer_layers(lm, K=1):
 
 @contextmanager
 def top_layers(lm, K, trunk=None):
-    """While in force, a pass through lm puts what enters its top K layers into the list that is yielded;
-    and where a trunk is given, only these layers run, on it. The model's own code makes masks and positions:
-    just its list of layers is cut."""
+    """While in force, a pass through lm puts what enters its top K layers into the list that is yielded, and
+    given a trunk runs only these layers, on it: the list of layers is cut, masks and positions are lm's."""
     entered = []
     if K < 1:
         yield entered
@@ -1653,7 +1637,7 @@ def average_gradients(optimizer):
 
 def setup(args):
     """The task, its models loaded and its prompts read. Resolves "auto" in args.device and args.backend."""
-    # torch reads this at its first tensor: large ones in pages of 2 MB (Linux), for mapping small pages takes time.
+    # Large tensors in pages of 2 MB (Linux), which are mapped faster. torch reads this at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
@@ -1726,8 +1710,7 @@ def check_folder(args):
 
 
 def take_lock(path, wait):
-    """Takes a lock file, in the first process for all of them, until what is returned is left as a context or
-    forgotten. Where another run has it: waits for that to end, or raises UserError."""
+    """Takes a lock, in the first process for all, until what is returned is left (`with`) or forgotten."""
     from filelock import FileLock, Timeout
     if rank() > 0:
         return nullcontext()
@@ -1745,10 +1728,7 @@ def open_run(args, task, ref_rewards=None):
     for name in ["result.json"] if args.resume else ["result.json", "checkpoint.pt"]:
         Path(args.out, name).unlink(missing_ok=True)
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
-    world = ExactWorld(task, args) if args.task == "toy" else None
-    if world:
-        world.begin(ref_rewards)
-    return world
+    return ExactWorld(task, args, ref_rewards) if args.task == "toy" else None
 
 
 def log_metrics(args, metrics):
@@ -1846,8 +1826,8 @@ def need(condition, message):
 
 def check(args):
     """Raises UserError where a number is out of its range, or where flags do not go together."""
-    least = {1: "N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch episodes rollouts "
-                "minibatch ppo_epochs",
+    least = {1: "N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch "
+                "episodes rollouts minibatch ppo_epochs",
              0: "M beta value_coef critic_every save_every seed data_seed lam",
              1e-3: "temperature", 1e-30: "lr adam_eps"}
     for low, names in least.items():
@@ -1861,8 +1841,7 @@ def check(args):
         need(args.estimator != "shared", "toy has four prompts, too few for --estimator shared")
         need(args.max_new_tokens <= 4, "toy enumerates 18^T responses: --max-new-tokens at most 4")
         foreign = args.ref or args.reward or args.dataset or args.no_eos_reward or args.backend == "vllm"
-        need(not foreign, "toy has no --ref, --reward, --dataset, --no-eos-reward, --backend vllm: they go with "
-             "--task imdb or tldr")
+        need(not foreign, "--ref, --reward, --dataset, --no-eos-reward, vllm go with --task imdb or tldr")
 
 
 @contextmanager
@@ -1904,9 +1883,6 @@ def run_script(name, run):
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
-        return 130
     return 0
 
 
