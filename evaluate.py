@@ -398,6 +398,7 @@ def export_samples(path, target, flat):
     """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}, or
     if flat {"prompt", "text", "reward"} for each response, whose text holds the prompt."""
     need(os.path.realpath(path) != os.path.realpath(target), f"--export {path} {target}: these are one file")
+    need(os.path.exists(path), f"--export: there is no file {path}")
     samples, _ = vbon.read_samples(path, {"vbon_samples": 4}, ("rewards", "responses"))  # whatever made them
     rows = {prompt: list(zip(known["responses"], known["rewards"]))
             for (split, prompt), known in samples.items() if split == "train"}

@@ -538,9 +538,10 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
     prompt: a response depends on its own row alone, up to rounding. Each prompt is read once for all of its
     copies; rows leave the batch as soon as they end.
     """
+    from transformers import DynamicCache  # here, for it takes seconds that `import vbon` should not
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, attention = pad(prompts, eos, "left", device)
-    cache = roomy_cache(lm)
+    cache = DynamicCache(config=lm.config)
     logits, hidden, entered = forward(lm, ids, attention, 1, cache, K)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -1472,15 +1473,15 @@ def write_line(path, header, line, size):
     if rank() == 0:
         start = b"" if size else json.dumps(header).encode() + b"\n"
         with open(path, "ab") as file:
-            file.truncate(size)  # a line that a killed run left unfinished
+            file.seek(file.truncate(size))  # without a line that a killed run left unfinished
             file.write(start + json.dumps(line, ensure_ascii=False).encode() + b"\n")
             return file.tell()
 
 
 # ========== 10. What makes it fast ==========================================================================
 # bench/README.md has the gain of each piece: the layers that policy and π_ref share run once; the loss needs
-# the log-prob of one token in V; the KV cache has room to grow; GELU takes one pass over memory. Decoding, in
-# section 3, reads a prompt once for all its samples and keeps log-probs, values and trunk of every token.
+# the log-prob of one token in V; GELU takes one pass over memory. Decoding, in section 3, reads a prompt once
+# for all its samples and keeps log-probs, values and trunk of every token.
 
 
 def make_policy(ref, K, own_output=False):
@@ -1558,29 +1559,6 @@ class TakenLogProb(torch.autograd.Function):
 def token_log_probs(logits, tokens, temperature=1.0):
     """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
     return TakenLogProb.apply(heated(logits, temperature), tokens)
-
-
-def roomy_cache(lm):
-    """transformers' KV cache, with room to grow: its own plain layers are copied whole for every token."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        room = None  # buffers that self.keys and self.values are the first part of, until rows are picked
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            start, new = self.get_seq_length(), key_states.shape[2]
-            if start == 0:
-                return super().update(key_states, value_states)
-            picked = self.room is None or self.room[0].data_ptr() != self.keys.data_ptr()
-            if picked or self.room[0].shape[2] < start + new:
-                self.room = [nn.functional.pad(x, (0, 0, 0, new + 24)) for x in (self.keys, self.values)]
-            for buffer, x in zip(self.room, (key_states, value_states)):
-                buffer[:, :, start:start + new] = x
-            self.keys, self.values = (buffer[:, :, :start + new] for buffer in self.room)
-            return self.keys, self.values
-    kv = DynamicCache(config=lm.config)
-    kv.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in kv.layers]
-    return kv
 
 
 def with_fused_gelu(model):
