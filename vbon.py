@@ -1099,8 +1099,8 @@ class ExactWorld:
 
     def optimum(self, ref_rewards):
         """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef)."""
-        log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.prompts])
-        reward = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
+        log_F = [log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.prompts]
+        reward = terminal_reward(self.rewards, torch.stack(log_F), self.log_ref, self.args)
         return (self.log_ref + reward / max(self.args.kl_coef, 1e-9)).log_softmax(1)
 
     def report(self, name, log_pi):
