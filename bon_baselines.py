@@ -245,7 +245,7 @@ def sample(lm, task, prompts, uniforms, args, K=-1):
                               args.temperature, K=K)
     prompts = [p for p in prompts for _ in range(len(uniforms) // len(prompts))]
     texts = vbon.decode(task, prompts, vbon.token_lists(batch))
-    return batch, texts, torch.tensor(vbon.checked_scores(task, prompts, texts), dtype=torch.double)
+    return batch, texts, torch.tensor(task.score(prompts, texts), dtype=torch.double)
 
 
 def on_policy_loss(policy, anchor, task, prompts, args, generator):
@@ -312,7 +312,7 @@ def train(args):
                        "objective/lr": optimizer.param_groups[0]["lr"],
                        "time/update": time.perf_counter() - start}
             if world and vbon.is_milestone(phase, phases):
-                exact = world.report(policy, metrics["episode"])
+                exact = world.report(f"π_θ, {metrics['episode']} ep.", world.log_probs(policy))
                 metrics |= exact
             vbon.log_metrics(args, metrics)
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:

@@ -394,19 +394,12 @@ def draw_figures(start, task, runs, groups, options):
 def export_samples(path, target):
     """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}."""
     need(os.path.realpath(path) != os.path.realpath(target), f"--export {path} {target}: these are one file")
+    need(os.path.exists(path), f"--export: there is no file {path}")
     # Refuses a damaged file, whatever made it.
-    _, _, size = vbon.read_samples(path, {"vbon_samples": 4})
-    rows = {}
-    with open(path, "rb") as file:
-        for line in map(json.loads, file.read(size).splitlines()[1:]):
-            if line["split"] == "train":
-                for prompt, responses, rewards in zip(line["prompts"], line["responses"], line["rewards"]):
-                    row = rows.setdefault(prompt, {"prompt": prompt, "responses": [], "rewards": []})
-                    row["responses"] += responses
-                    row["rewards"] += rewards
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
-    vbon.write_whole(target, text)
-    print(f"{target}: {sum(len(r['rewards']) for r in rows.values())} samples of {len(rows)} training prompts")
+    samples, _ = vbon.read_samples(path, {"vbon_samples": 4}, ("rewards", "responses"))
+    rows = [{"prompt": prompt} | known for (split, prompt), known in samples.items() if split == "train"]
+    vbon.write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{target}: {sum(len(row['rewards']) for row in rows)} samples of {len(rows)} training prompts")
 
 
 # ========== 6. The command line ===========================================================================
@@ -415,7 +408,6 @@ def export_samples(path, target):
 def parse_options(argv):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.error = vbon.refuse
     add = parser.add_argument
     add("runs", nargs="*", help="folders of finished runs of one task")
     add("--csv", metavar="FILE", help="write every run as a row")

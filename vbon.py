@@ -36,9 +36,9 @@ P(r(y') < r(y)). B is a number of responses, T of their tokens, V of words, H th
 number of prompts, L of a prompt's tokens, M of π_ref's samples to it, K of the layers that are trained.
 """
 import argparse
+import collections
 import copy
 import functools
-import gc
 import hashlib
 import importlib.util
 import itertools
@@ -49,7 +49,7 @@ import random
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -59,7 +59,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -494,7 +493,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     ref_log_probs = torch.where(mask, ref_log_probs, 0.0)
 
     # Score the texts and rank them among π_ref's samples: F̂. This is all that vBoN adds to PPO.
-    scores = torch.tensor(checked_scores(task, prompts, responses), dtype=torch.double)
+    scores = torch.tensor(task.score(prompts, responses), dtype=torch.double)
     log_F = log_F_of(scores, ref_rewards, args)
     terminal = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
 
@@ -593,7 +592,7 @@ def train(args):
             metrics["episode"] = (phase + 1) * args.rollouts
 
             if world and is_milestone(phase, phases):
-                exact = world.report(policy, metrics["episode"])
+                exact = world.report(f"π_θ, {metrics['episode']} ep.", world.log_probs(policy))
                 metrics |= exact
                 result |= exact
             log_metrics(args, metrics)
@@ -627,7 +626,7 @@ def read_unfinished(task, prompts, rollout, ref_rewards, every):
     if cuts:
         rows, columns = torch.tensor(cuts).T
         texts = decode(task, [prompts[b] for b, _ in cuts], [tokens[b][:t] for b, t in cuts])
-        scores = checked_scores(task, [prompts[b] for b, _ in cuts], [text + task.end for text in texts])
+        scores = task.score([prompts[b] for b, _ in cuts], [text + task.end for text in texts])
         k = ranks(torch.tensor(scores, dtype=torch.double).unsqueeze(1), ref_rewards[rows]).squeeze(1)
         u[rows, columns] = torch.special.ndtri((k + 0.5) / (M + 1))
     return u
@@ -931,7 +930,7 @@ def test_metrics(task, responses, kls, ref_rewards, args):
     of training and on others. And the samples, a dict each."""
     prompts, P = task.test_prompts, len(task.test_prompts)
     repeated = [p for p in prompts for _ in range(len(responses) // P)]
-    rewards = checked_scores(task, repeated, responses)
+    rewards = task.score(repeated, responses)
     ref = torch.stack([ref_rewards["test", p] for p in prompts])  # (P, test_M)
     M = ref.shape[1]
     kl, scores = (torch.tensor(x, dtype=torch.double).view(P, -1) for x in (kls, rewards))
@@ -1013,7 +1012,7 @@ def toy_reference(data_seed, device):
     """The toy's π_ref and its tokenizer: a tiny GPT-2, trained in a few seconds, once per process."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    eos = len(TOY_WORDS)
+    eos, steps = len(TOY_WORDS), 200
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOY_WORDS + ["."])}, unk_token="."))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=".")
@@ -1022,15 +1021,14 @@ def toy_reference(data_seed, device):
         vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos,
         eos_token_id=eos, activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     lm.to(device)
-    rng, steps = random.Random(data_seed), 200
+    rng = random.Random(data_seed)
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
     labels = ids.masked_fill(~mask, -100)
     labels[:, :3] = -100  # the prompt is given
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    batches = torch.randint(len(corpus), (steps, 256)).to(device)
-    for rows in tqdm(batches, desc="training toy's π_ref", leave=False):
+    for rows in torch.randint(len(corpus), (steps, 256)).to(device):
         loss = lm(input_ids=ids[rows], attention_mask=mask[rows].long(), labels=labels[rows]).loss
         optimizer.zero_grad()
         loss.backward()
@@ -1043,7 +1041,7 @@ def toy_task(args):
     """π_ref, warmth as the reward, and one prompt for each noun."""
     lm, tokenizer = toy_reference(args.data_seed, args.device)
     prompts = [f"the {noun} was" for noun in KINDNESS]
-    test_prompts = [prompts[i % len(prompts)] for i in range(args.test_prompts)]
+    test_prompts = list(itertools.islice(itertools.cycle(prompts), args.test_prompts))
     return Task(lm, tokenizer, lambda _, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
                 prompts, test_prompts, identity(lm, tokenizer), "warmth")
 
@@ -1052,9 +1050,9 @@ class ExactWorld:
     """What only the toy can know, of P prompts and all S responses: log π_ref, log F, log π_bon, each
     (P, S) float64 nats, and the rewards (S,)."""
 
-    def __init__(self, task, args):
-        self.args, self.texts = args, list(dict.fromkeys(task.train_prompts))
-        self.prompts = [task.encode(p) for p in self.texts]
+    def __init__(self, task, args, ref_rewards=None):
+        self.args, self.prompts = args, task.train_prompts
+        self.prompt_ids = [task.encode(p) for p in self.prompts]
         # Those of 0, 1, … words that EOS ended, then those cut off at the limit.
         self.responses = [" ".join(words) for length in range(args.max_new_tokens + 1)
                           for words in itertools.product(TOY_WORDS, repeat=length)]
@@ -1066,26 +1064,31 @@ class ExactWorld:
         F = torch.empty_like(mass).index_copy_(1, ascending, mass.cumsum(1) - mass)
         self.log_F = F.clamp(min=0).log()
         self.log_bon = log_bon_pmf(self.log_F, self.log_ref, args.N)
-        self.aim = {}  # how near perfect training would come, for result.json
+        # What training starts from and, on these samples of π_ref, aims at.
+        tqdm.write(f"toy: all {len(self.responses):,} responses to each prompt enumerated\n\n"
+                   "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
+        self.report("π_ref", self.log_ref)
+        self.report(f"π_bon, N = {args.N}", self.log_bon)
+        aim = self.report("what training aims at", self.optimum(ref_rewards)) if ref_rewards else {}
+        self.aim = {f"{name}_of_optimum": x for name, x in aim.items() if name == "exact/kl_to_bon"}
 
     @torch.no_grad()
     def log_probs(self, lm):
         """log π(y) of every response to every prompt, (P, S)."""
-        W = len(TOY_WORDS)  # and the token after the words is EOS
-
-        def walk(ids):
-            """From a prompt (1, L): after t words EOS ends a response, or one of W words extends it."""
-            log_p, ended = torch.zeros(1, dtype=torch.double), []
+        W, rows = len(TOY_WORDS), []
+        for prompt in self.prompt_ids:
+            # After t words EOS, the token W, ends a response, or one of W words extends it.
+            ids, log_p, ended = torch.tensor([prompt]), torch.zeros(1, dtype=torch.double), []
             for _ in range(self.args.max_new_tokens):
-                logits = torch.cat([lm(input_ids=chunk, logits_to_keep=1).logits[:, 0].float()
-                                    for chunk in ids.to(self.args.device).split(8192)])
-                step = logits.div(self.args.temperature).log_softmax(-1).cpu().double() + log_p.unsqueeze(1)
+                logits = lm(input_ids=ids.to(self.args.device), logits_to_keep=1).logits[:, 0].float()
+                step = heated(logits, self.args.temperature).log_softmax(-1).cpu().double()
+                step += log_p.unsqueeze(1)
                 ended.append(step[:, W])
                 log_p = step[:, :W].flatten()
                 words = torch.arange(W).repeat(len(ids)).unsqueeze(1)
                 ids = torch.cat([ids.repeat_interleave(W, 0), words], 1)
-            return torch.cat(ended + [log_p])
-        return torch.stack([walk(torch.tensor([prompt])) for prompt in self.prompts])
+            rows.append(torch.cat([*ended, log_p]))
+        return torch.stack(rows)
 
     def metrics(self, log_pi):
         """Exact distances, reward and win rate of log_pi (P, S), means over prompts."""
@@ -1101,32 +1104,17 @@ class ExactWorld:
                 "exact/win_rate": (pi * beaten).sum(1).mean().item()}
 
     def optimum(self, ref_rewards):
-        """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef).
-
-        Its distance from π_bon is the price of the estimate, about (N−1)/(4M) nats, or of the objective.
-        """
-        log_F = torch.stack([log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.texts])
-        reward = terminal_reward(self.rewards, log_F, self.log_ref, self.args)
+        """log π* (P, S) of perfect training on the M samples' F̂: π* ∝ π_ref·exp(reward/kl_coef)."""
+        log_F = [log_F_of(self.rewards, ref_rewards["train", p], self.args) for p in self.prompts]
+        reward = terminal_reward(self.rewards, torch.stack(log_F), self.log_ref, self.args)
         return (self.log_ref + reward / max(self.args.kl_coef, 1e-9)).log_softmax(1)
 
-    def report(self, policy, episode):
-        """The exact metrics of a policy, shown above the progress bar."""
-        exact = self.metrics(self.log_probs(policy))
-        tqdm.write(self.row(f"π_θ, {episode} ep.", exact))
+    def report(self, name, log_pi):
+        """Shows the exact metrics of log_pi (P, S) above the progress bar, and returns them."""
+        exact = self.metrics(log_pi)
+        tqdm.write(f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
+                   f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
         return exact
-
-    def row(self, name, exact):
-        return (f"  {name:<22}{exact['exact/kl_to_bon']:>12.4f}{exact['exact/kl_to_ref']:>12.4f}"
-                f"{exact['exact/reward']:>10.3f}{100 * exact['exact/win_rate']:>10.1f} %")
-
-    def show_responses(self, title, log_pi):
-        """A few responses to each prompt, drawn from a distribution over all of them."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        print(f"\n{title}")
-        for prompt, row in zip(self.texts, log_pi):
-            picks = torch.multinomial(row.exp(), 4, replacement=True, generator=generator)
-            shown = (f"{self.responses[i] or '(nothing)'} ({self.rewards[i]:+.1f})" for i in picks)
-            print(f"  {prompt:<16} " + "  ·  ".join(shown))
 
 
 # ========== 9. imdb, tldr, and your own models and prompts ==================================================
@@ -1137,8 +1125,7 @@ def text_task(args):
     from transformers import AutoModelForCausalLM
     ref, tokenizer = load("ref", AutoModelForCausalLM, args.ref, args.device)
     eos = tokenizer.eos_token_id
-    need(eos is not None, f"the tokenizer of --ref {args.ref} has no EOS token to end a response: name one "
-         "in its tokenizer_config.json")
+    need(eos is not None, f"the tokenizer of --ref {args.ref} has no EOS token to end a response")
     check_sampler(ref, eos, args)
     end = "" if args.no_eos_reward is None else tokenizer.eos_token
     score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward)
@@ -1147,13 +1134,12 @@ def text_task(args):
     def encode(prompt):
         ids = tokenizer.encode(prompt)
         return ids[:-1] if ids[-1:] == [eos] else ids  # a prompt that has ended gets no response
-    context = getattr(ref.config, "max_position_embeddings", None) or math.inf
-    train, test, others = read_prompts(args, tokenizer, min(512, context - args.max_new_tokens))
+    room = (getattr(ref.config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
+    train, test, others = read_prompts(args, tokenizer, min(512, room))
     for prompt in train + test + others:
         length = len(encode(prompt))
-        need(length > 0, "--dataset has an empty prompt, and there is no token to start from: remove its row")
-        need(length + args.max_new_tokens <= context, f"a prompt of {length} tokens and --max-new-tokens "
-             f"{args.max_new_tokens} exceed the model's context of {context}, shorten one: {prompt[:60]!r}…")
+        need(0 < length <= room, f"a prompt has {length} tokens; 1 to {room} leave --ref room for the "
+             f"{args.max_new_tokens} of a response (--max-new-tokens): {prompt[:60]!r}")
     return Task(ref, tokenizer, score, encode, train, test, identity(ref, tokenizer), reward_id, end, others)
 
 
@@ -1167,12 +1153,10 @@ def decode(task, prompts, responses):
     otherwise. EOS leaves no trace but task.end."""
     def text(ids):
         return task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    starts = {p: (task.encode(p), len(text(task.encode(p)))) for p in set(prompts)}
-    texts = []
-    for prompt, row in zip(prompts, responses):
-        ids, length = starts[prompt]
-        ended = row[-1:] == [task.tokenizer.eos_token_id]
-        texts.append(text(ids + row)[length:] + (task.end if ended else ""))
+    lengths, texts = {p: len(text(task.encode(p))) for p in set(prompts)}, []
+    for prompt, ids in zip(prompts, responses):
+        end = task.end if ids[-1:] == [task.tokenizer.eos_token_id] else ""
+        texts.append(text(task.encode(prompt) + ids)[lengths[prompt]:] + end)
     return texts
 
 
@@ -1182,43 +1166,37 @@ def load(what, loader, name, device):
     with reading(f"cannot load --{what} {name} (hub name or folder: config.json, tokenizer.json, weights)"):
         model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    # The library makes missing weights up at random, and takes a folder without tokenizer.json for a
-    # tokenizer without words.
+    # The library makes up what is missing: weights at random, a tokenizer without words.
     missing = ", ".join(sorted(info["missing_keys"])[:4])
     need(not missing, f"--{what} {name} lacks the weights {missing}: it is no {loader.__name__[9:]} model")
-    vocabulary, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
-    words = set(vocabulary) - set(tokenizer.all_special_tokens)
-    need(words, f"--{what} {name}: its tokenizer knows no words, is tokenizer.json missing?")
-    need(max(vocabulary.values()) < embeddings, f"--{what} {name}: its tokenizer has more tokens than it")
+    words, embeddings = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
+    fits = len(words) > len(tokenizer.all_special_tokens) and max(words.values()) < embeddings
+    need(fits, f"--{what} {name}: its tokenizer of {len(words)} tokens does not go with its {embeddings} "
+         "embeddings, is tokenizer.json missing?")
     return with_fused_gelu(model).to(device).eval(), tokenizer
 
 
 @torch.no_grad()
 def check_sampler(lm, eos, args):
     """Refuses a model for which padded, cached decoding, or the shared trunk, gives other log-probs than a
-    plain pass: recurrent models, which take padding into their state, and others."""
-    numbers, K = torch.Generator().manual_seed(0), args.unfrozen_layers
-    vocabulary = len(lm.get_input_embeddings().weight)
+    plain pass: a recurrent one takes padding into its state."""
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
-    for copies in (1, 2):
-        prompts = [torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (3, 7)]
-        uniforms = torch.rand(2 * copies, 4, generator=numbers).to(args.device)
-        with reading(problem):
-            rollout = generate(lm, prompts, uniforms, eos, 1.0, K=K)
-            on_trunk = response_log_probs(lm, rollout, 1.0, K)[0]
-            for i, response in enumerate(token_lists(rollout)):
-                n, ids = len(response), torch.tensor([prompts[i // copies] + response], device=args.device)
-                plain = token_log_probs(lm(input_ids=ids).logits[:, -n - 1:-1].float(), ids[:, -n:])[0]
-                both = torch.stack([rollout.log_probs[i, :n], on_trunk[i, :n]])
-                error = (both - plain).abs().max().item()  # torch's max, unlike Python's, keeps a NaN
-                need(error < 0.02, f"{problem}: its log-probs would be off by {error:.2g} nats"
-                     + (" (try --unfrozen-layers -1)" if K > 0 else ""))
+    prompts, uniforms = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 3]], torch.linspace(0.1, 0.9, 16).view(4, 4)
+    with reading(problem):
+        rollout = generate(lm, prompts, uniforms.to(args.device), eos, 1.0, K=args.unfrozen_layers)
+        on_trunk = response_log_probs(lm, rollout, 1.0, args.unfrozen_layers)[0]
+        for i, response in enumerate(token_lists(rollout)):
+            n, ids = len(response), torch.tensor([prompts[i // 2] + response], device=args.device)
+            plain = token_log_probs(lm(input_ids=ids).logits[:, -n - 1:-1].float(), ids[:, -n:])[0]
+            # torch's max, unlike Python's, keeps a NaN.
+            error = (torch.stack([rollout.log_probs[i, :n], on_trunk[i, :n]]) - plain).abs().max().item()
+            need(error < 0.02, f"{problem}: its log-probs would be off by {error:.2g} nats; is that so with "
+                 "--unfrozen-layers -1?")
 
 
 def load_reward(name, device, end="", without_end=None):
-    """A sequence classifier as a function (prompts, responses) -> rewards, and what identifies it: its one
-    logit, or the probability of the positive of its two labels. With `end`, responses whose text does not
-    end so earn `without_end`."""
+    """A classifier's logit, or the probability of the positive of its two labels, as a function (prompts,
+    responses) -> rewards, and what identifies it. Without `end` at its end a response earns `without_end`."""
     from transformers import AutoModelForSequenceClassification
     model, tokenizer = load("reward", AutoModelForSequenceClassification, name, device)
     labels = {str(label).upper()[:3]: i for i, label in model.config.id2label.items()}
@@ -1236,26 +1214,20 @@ def load_reward(name, device, end="", without_end=None):
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
     @torch.no_grad()
-    def score(prompts, responses, batch=128):
+    def score(prompts, responses):
         rewards = torch.full((len(responses),), without_end or 0.0)
         texts = {i: p + y for i, (p, y) in enumerate(zip(prompts, responses)) if y.endswith(end)}
         by_length = sorted(texts, key=lambda i: len(texts[i]))  # similar lengths together: little padding
-        for start in range(0, len(by_length), batch):
-            rows = by_length[start:start + batch]
+        for start in range(0, len(by_length), 128):
+            rows = by_length[start:start + 128]
             inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True,
                                max_length=longest)
-            logits = model(**inputs.to(model.device)).logits.float().cpu()
+            logits = model(**inputs.to(device)).logits.float().cpu()
             rewards[rows] = logits[:, 0] if len(labels) == 1 else logits.softmax(-1)[:, positive]
+        for prompt, response, reward in zip(prompts, responses, rewards.tolist()):
+            need(math.isfinite(reward), f"--reward {name}: it is {reward} for {prompt!r} and {response!r}")
         return rewards.tolist()
     return score, reward_id
-
-
-def checked_scores(task, prompts, responses):
-    """The rewards, all finite; else the response that has none is named."""
-    scores = task.score(prompts, responses)
-    for prompt, response, score in zip(prompts, responses, scores):
-        need(math.isfinite(score), f"the reward is {score} for prompt {prompt!r} and response {response!r}")
-    return scores
 
 
 def identity(model, tokenizer):
@@ -1272,41 +1244,45 @@ def identity(model, tokenizer):
     return digest.hexdigest()[:16]
 
 
+def in_distribution(prompt):
+    """Whether a tldr prompt is from the subreddits of training; None if it names no subreddit."""
+    if not prompt.startswith("SUBREDDIT: r/"):
+        return None
+    return prompt.startswith(("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n"))
+
+
 def read_prompts(args, tokenizer, longest):
     """--dataset's training and test prompts, shuffled, and where --M is 0 others of the training split.
     Without a test split a tenth is held out."""
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below, in one line
-    with reading(f"cannot load --dataset {args.dataset} (hub name, .jsonl file, or folder of such files)"):
-        is_file = args.dataset.endswith((".jsonl", ".json"))
-        kind, files = ("json", args.dataset) if is_file else (args.dataset, None)
+    is_file = args.dataset.endswith((".jsonl", ".json"))
+    kind, files = ("json", args.dataset) if is_file else (args.dataset, None)
+    with reading(f"cannot load the train split of --dataset {args.dataset} (hub name, .jsonl file, or folder "
+                 "of such files)"):
         splits = datasets.load_dataset(kind, data_files=files)
-        need("train" in splits, f"--dataset {args.dataset} has no train split, only {', '.join(splits)}")
+        tenth = max(1, len(splits["train"]) // 10)
         if "test" not in splits:
-            tenth = max(1, len(splits["train"]) // 10)
             splits = splits["train"].train_test_split(tenth, shuffle=False)
     rng = random.Random(args.data_seed)
 
     def draw(split, number, related=None):
         """`number` prompts; of tldr's, those that are, or are not, from the subreddits of training."""
-        rows, prompts = splits[split], []
-        for i in rng.sample(range(len(rows)), len(rows)):
-            if len(prompts) == number:
-                break
-            prompt = make_prompt(rows[i], tokenizer, longest, rng)
-            if prompt is not None and related in (None, in_distribution(prompt)):
-                prompts.append(prompt)
-        what = "prompt" if related is None else "post of the subreddits that --task tldr takes"
-        need(prompts or number == 0, f"--dataset {args.dataset} has no {what} in its {split} split")
+        rows = splits[split]
+        shuffled_rows = rng.sample(range(len(rows)), len(rows))
+        made = (make_prompt(rows[i], tokenizer, longest, rng) for i in shuffled_rows)
+        fitting = (p for p in made if p is not None and related in (None, in_distribution(p)))
+        prompts = list(itertools.islice(fitting, number))
+        need(prompts or number == 0, f"--dataset {args.dataset} has no prompt for --task {args.task} in its "
+             f"{split} split")
         return prompts
-    others = 0 if args.M else OTHERS[0]
-    if args.task != "tldr":
-        return draw("train", args.train_prompts), draw("test", args.test_prompts), draw("train", others)
-    half = (args.test_prompts + 1) // 2
-    train = draw("train", args.train_prompts, True)
-    test = draw("test", half, True) + draw("test", args.test_prompts - half, False)
-    return train, test, draw("train", others, True)
+    related = True if args.task == "tldr" else None
+    half = args.test_prompts // 2 if related else 0
+    train, test = draw("train", args.train_prompts, related), draw("test", args.test_prompts - half, related)
+    if half:
+        test += draw("test", half, False)
+    return train, test, draw("train", 0 if args.M else OTHERS[0], related)
 
 
 def make_prompt(row, tokenizer, longest, rng):
@@ -1315,51 +1291,32 @@ def make_prompt(row, tokenizer, longest, rng):
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
     if "post" in row:
-        return tldr_prompt(row, tokenizer, longest)
-    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
-    need(isinstance(row.get("text"), str), "--dataset: each row needs a `prompt` or a `text`, a string; one "
-         f"has only {found}")
+        # OpenAI's format. The post loses its last paragraphs, or words, to fit `longest`.
+        head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
+        post = row["post"].strip()
+        while post and len(tokenizer.encode(head + post + tail)) > longest:
+            post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
+        return head + post + tail
+    need(isinstance(row.get("text"), str), "--dataset: a row needs a `prompt` or a `text`, a string; one has "
+         f"only {', '.join(row)}")
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
     # A cut through a character, or one that the tokenizer would merge otherwise, is no faithful prompt.
     return prompt if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids else None
 
 
-# The number of prompts from which log F is learned if --M is 0, and of the samples to each.
-OTHERS = 256, 32
-
-# tldr trains on these subreddits; tests are half on them, half on others.
-IN_DISTRIBUTION = ("relationships", "relationship_advice")
-
-
-def in_distribution(prompt):
-    """Whether a tldr prompt is from the subreddits of training; None if it names no subreddit."""
-    subreddit = prompt.split("\n")[0].removeprefix("SUBREDDIT: r/")
-    return subreddit in IN_DISTRIBUTION if prompt.startswith("SUBREDDIT: r/") else None
-
-
-def tldr_prompt(row, tokenizer, longest):
-    """OpenAI's format for a Reddit post, which loses its last paragraphs, or words, to fit `longest`."""
-    head, tail = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", "\n\nTL;DR:"
-    post = row["post"].strip()
-    while post and len(tokenizer.encode(head + post + tail)) > longest:
-        post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
-    return head + post + tail
-
-
 # ========== 10. π_ref's samples: drawn once, stored, resumed ================================================
+
+OTHERS = 256, 32  # with --M 0, log F is learned from this number of prompts, and of samples to each
 
 
 def reference_samples(task, args, keep_tokens=False):
     """The rewards of M samples of π_ref to every training prompt, and of test_M to every test prompt.
 
     Returns {(split, prompt): (M,) float64, ascending}; with keep_tokens {(split, prompt): (rewards as drawn,
-    lists of token ids, EOS included)}. The samples stand in a JSONL file: a header that says what made them,
-    then a line for every batch of prompts. What a file lacks, as a larger M asks for more or a run was
-    killed, is added to it. The samples of a prompt depend on --data-seed, the split and the prompt alone.
-    With --estimator shared the training prompts' rewards are those of `share_samples`.
+    lists of token ids, EOS included)}. What their file lacks is drawn and added to it. A prompt's samples
+    depend on --data-seed, the split and the prompt alone. With --estimator shared see `share_samples`.
     """
-    path, header = samples_file(task, args)
     needs_F = args.objective != "rlhf" or args.critic_every  # to train on
     share = args.estimator == "shared" and needs_F and not keep_tokens and task.train_prompts
     wanted = {("train", p): args.M if needs_F else 0 for p in task.train_prompts}
@@ -1367,33 +1324,23 @@ def reference_samples(task, args, keep_tokens=False):
         wanted |= {("train", p): OTHERS[1] for p in task.other_prompts}
         wanted |= {("empty", p): 1 for _, p in wanted}  # the empty response: its reward is that of the prompt
     wanted |= {("test", p): args.test_M for p in task.test_prompts}
-    lock = take_lock(path + ".lock", wait=True)
-    gathered(None)  # the other processes go on once the first one has its turn
-    try:
-        rewards, tokens, size = read_samples(path, header, keep_tokens)
-        if all(len(rewards.get(key, ())) >= wanted[key] for key in wanted):
-            print(f"π_ref's samples: read from {path}")
-        elif rank() == 0 and os.path.exists(path):
-            os.truncate(path, size)  # a line that a killed run left unfinished
-        for line in draw_missing(task, args, wanted, rewards, path):
-            write_line(path, header, line)
-            add_line(line, rewards, tokens, keep_tokens)
-    finally:
-        lock.release()
-
-    found = {key: torch.tensor(rewards.get(key, [])[:M], dtype=torch.double) for key, M in wanted.items()}
+    path, header = samples_file(task, args)
+    columns = ("rewards", "tokens") if keep_tokens else ("rewards",)
+    with take_lock(path + ".lock", wait=True):
+        gathered(None)  # the other processes go on once the first one has its turn
+        samples, size = read_samples(path, header, columns)
+        if draw_missing(task, args, wanted, samples, path, header, size):
+            samples, _ = read_samples(path, header, columns)
+    found = {key: torch.tensor(samples[key]["rewards"][:M], dtype=torch.double) for key, M in wanted.items()}
     if keep_tokens:
-        return {key: (r, tokens.get(key, [])[:len(r)]) for key, r in found.items()}
-    found = {key: r.sort().values for key, r in found.items()}
+        return {key: (rewards, samples[key]["tokens"][:len(rewards)]) for key, rewards in found.items()}
+    found = {key: rewards.sort().values for key, rewards in found.items()}
     return share_samples(found) if share else found
 
 
 def share_samples(ref_rewards, Q=1000):
-    """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it.
-
-    Whatever ranks a reward among a prompt's M samples then ranks it as if M were Q. The feature is the reward
-    of the bare prompt. M may be 0: a stream of prompts needs no samples of its own.
-    """
+    """Replaces the rewards of each training prompt by Q quantiles of the F̂ that `shared_log_F` finds for it,
+    to rank others among. The feature is the reward of the bare prompt. M may be 0."""
     prompts = [prompt for split, prompt in ref_rewards if split == "train"]
     samples, bare = ([ref_rewards[split, p] for p in prompts] for split in ("train", "empty"))
     log_F, pool = shared_log_F(samples, torch.stack(bare)), torch.cat(samples).sort().values
@@ -1416,76 +1363,64 @@ def samples_file(task, args):
     return args.samples or f"samples/{args.task}-{digest}.jsonl", header
 
 
-def draw_missing(task, args, wanted, rewards, path):
-    """Draws and scores what is missing, and yields it as lines for the file.
-
-    Rounding differs between batches of other shapes. So batches are written whole: what a killed run leaves
-    to do is the rest of the same order, and the file ends with the same bytes.
-    """
-    def have(key):
-        return len(rewards.get(key, ()))
-    order = ("train", "test", "empty").index
-    missing = sorted((key for key in wanted if have(key) < wanted[key]),
-                     key=lambda key: (order(key[0]), have(key), len(task.encode(key[1])), key))
+def draw_missing(task, args, wanted, samples, path, header, size):
+    """Draws and scores what is missing, and adds it to the file. Returns whether anything was. Batches are
+    written whole, for rounding differs between shapes: a killed run's file ends with the same bytes."""
+    have, order = {key: len(samples[key]["rewards"]) for key in wanted}, ("train", "test", "empty").index
+    missing = sorted((key for key in wanted if have[key] < wanted[key]),
+                     key=lambda key: (order(key[0]), have[key], len(task.encode(key[1])), key))
     if not missing:
-        return
+        print(f"π_ref's samples: read from {path}")
+        return False
     by_vllm, batches = args.backend == "vllm", []
-    at_once = 16_384 if by_vllm else args.sample_batch
-    for (split, start), keys in itertools.groupby(missing, lambda key: (key[0], have(key))):
+    for (split, start), keys in itertools.groupby(missing, lambda key: (key[0], have[key])):
         prompts = [prompt for _, prompt in keys]
         M = wanted[split, prompts[0]]
-        size = max(1, at_once // M)
-        batches += [(split, prompts[i:i + size], start, M) for i in range(0, len(prompts), size)]
+        at_once = max(1, (16_384 if by_vllm else args.sample_batch) // M)
+        batches += [(split, prompts[i:i + at_once], start, M) for i in range(0, len(prompts), at_once)]
     total = sum(len(prompts) * (M - start) for _, prompts, start, M in batches)
-    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}; "
-          "a smaller --M or --train-prompts takes fewer")
-    with ((vllm_sampler if by_vllm else hand_sampler)(task, args) as sample,
-          tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar):
-        # Of several processes each draws a batch, and gets the lines of all.
-        for i in range(0, len(batches), processes()):
+    print(f"π_ref's samples: {total:,} responses, drawn by {'vLLM' if by_vllm else 'this script'}; a smaller "
+          "--M or --train-prompts takes fewer")
+    by_hand = functools.partial(sample_by_hand, task, args)
+    sampler = vllm_sampler(task, args) if by_vllm else nullcontext(by_hand)
+    with sampler as sample, tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar:
+        for i in range(0, len(batches), processes()):  # of several processes each draws a batch
             mine = batches[i + rank():i + rank() + 1]
-            for line in gathered(draw_line(task, sample, *mine[0]) if mine else None):
-                if line is not None:
-                    yield line
-                    bar.update(sum(map(len, line["rewards"])))
+            for line in filter(None, gathered(draw_line(task, args, sample, *mine[0]) if mine else None)):
+                size = write_line(path, header, line, size)
+                bar.update(sum(map(len, line["rewards"])))
+    gathered(None)  # the last line is written
+    return True
 
 
-def draw_line(task, sample, split, prompts, start, M):
+def draw_line(task, args, sample, split, prompts, start, M):
     """Responses number start … M−1 to each of the prompts, scored: a line of the file."""
-    n, empty = M - start, [[task.tokenizer.eos_token_id] for _ in prompts]
-    ids = empty if split == "empty" else sample(split, prompts, start, M)
-    copies = [prompt for prompt in prompts for _ in range(n)]
-    responses = decode(task, copies, ids)
-    columns = {"rewards": checked_scores(task, copies, responses), "responses": responses, "tokens": ids}
+    ids, n = [task.encode(p) for p in prompts], M - start
+    hashes = [hashlib.sha256(f"{args.data_seed} {split} {p}".encode()).digest() for p in prompts]
+    seeds = [int.from_bytes(digest[:8], "big") for digest in hashes]
+    empty = [[task.tokenizer.eos_token_id]] * len(prompts)
+    tokens = empty if split == "empty" else sample(ids, seeds, start, M)
+    copies = [p for p in prompts for _ in range(n)]
+    responses = decode(task, copies, tokens)
+    columns = {"rewards": task.score(copies, responses), "responses": responses, "tokens": tokens}
     by_prompt = {name: [x[i:i + n] for i in range(0, len(x), n)] for name, x in columns.items()}
     return {"split": split, "start": start, "prompts": prompts} | by_prompt
 
 
-def seed_of(*what):
-    """64 bits that depend on all of these."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, what)).encode()).digest()[:8], "big")
-
-
-@contextmanager
-def hand_sampler(task, args):
-    """Yields a function (split, prompts, start, M) -> responses number start … M−1 of π_ref to each
-    prompt, as lists of token ids, EOS included."""
-    def sample(split, prompts, start, M):
-        generators = [np.random.default_rng(seed_of(args.data_seed, split, p)) for p in prompts]
-        uniforms = [g.random((M, args.max_new_tokens), np.float32)[start:] for g in generators]
-        rows, ids = torch.from_numpy(np.concatenate(uniforms)), []
-        # Several prompts are one batch; the samples of a single one may be too many for that.
-        for part in rows.split(args.sample_batch if len(prompts) == 1 else len(rows)):
-            with autocast(args):
-                ids += token_lists(generate(task.ref, [task.encode(p) for p in prompts], part.to(args.device),
-                                            task.tokenizer.eos_token_id, args.temperature))
-        return ids
-    yield sample
+def sample_by_hand(task, args, prompts, seeds, start, M):
+    """Responses number start … M−1 of π_ref to each prompt, all as lists of token ids, EOS included."""
+    uniforms = [np.random.default_rng(seed).random((M, args.max_new_tokens), np.float32) for seed in seeds]
+    rows, tokens = torch.from_numpy(np.concatenate([u[start:] for u in uniforms])).to(args.device), []
+    for part in rows.split(args.sample_batch):  # several parts only where one prompt has a large M
+        with autocast(args):
+            part = generate(task.ref, prompts, part, task.tokenizer.eos_token_id, args.temperature)
+        tokens += token_lists(part)
+    return tokens
 
 
 @contextmanager
 def vllm_sampler(task, args):
-    """The same by a vLLM engine, which is shut down at the end so that training has the memory."""
+    """The same by a vLLM engine, a process of its own, which ends before training needs the memory."""
     need(processes() == 1, "--backend vllm: draw the samples with one process, then start torchrun")
     with reading("--backend vllm (requirements.txt says what fits beside the rest)"):
         from vllm import LLM, SamplingParams
@@ -1493,95 +1428,86 @@ def vllm_sampler(task, args):
     llm = LLM(model=args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
               max_model_len=context, gpu_memory_utilization=0.5)
 
-    def sample(split, prompts, start, M):
-        seeds = [(seed_of(args.data_seed, split, p) >> 3) + start for p in prompts]  # vLLM adds 0 … n−1
+    def sample(prompts, seeds, start, M):
+        # vLLM adds 0 … n−1 to a seed.
         params = [SamplingParams(n=M - start, temperature=args.temperature, max_tokens=args.max_new_tokens,
-                                 detokenize=False, seed=seed) for seed in seeds]
-        prompt_ids = [{"prompt_token_ids": task.encode(p)} for p in prompts]
-        requests = llm.generate(prompt_ids, params, use_tqdm=False)
+                                 detokenize=False, seed=(seed >> 3) + start) for seed in seeds]
+        requests = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [list(one.token_ids) for request in requests for one in request.outputs]
+
     try:
         yield sample
     finally:
         llm.llm_engine.engine_core.shutdown()
-        llm = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
-def read_samples(path, header, keep_tokens=False):
-    """{(split, prompt): rewards}, {(split, prompt): token ids} and the bytes of a file's whole lines: a last
-    one without line break was being written when a run was killed. Raises UserError where the file was made
-    by other models or settings, or a line is damaged."""
-    rewards, tokens, size = {}, {}, 0
+def read_samples(path, header, columns=("rewards",)):
+    """{(split, prompt): {column: a list of samples}} of a file, and the bytes of its whole lines: a kill may
+    have torn the last. Raises UserError where other models or settings made it, or a line is damaged."""
+    samples = collections.defaultdict(lambda: {name: [] for name in columns})
     if not os.path.exists(path):
-        return rewards, tokens, size
+        return samples, 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        first = file.readline()
+        if json.dumps(header).encode().startswith(first):  # an empty file, or one torn in its header
+            return samples, 0
+        with reading(f"{path} is not a file of samples (pass another with --samples)"):
+            made = json.loads(first)
+            for key, value in header.items():
+                need(made.get(key) == value, f"{path} was made with {key} = {made.get(key)!r}, this run has "
+                     f"{value!r}: pass another file with --samples, or remove it")
+        size = len(first)
+        for number, line in enumerate(file, 2):
             if not line.endswith(b"\n"):
-                is_ours = number > 1 or json.dumps(header).encode().startswith(line)
-                need(is_ours, f"{path} is not a file of samples: pass another with --samples")
                 break
             with reading(f"{path}, line {number} is damaged (remove the file, or the line and all after)"):
-                entry = json.loads(line)
-                if number > 1:
-                    add_line(entry, rewards, tokens, keep_tokens)
-                for key, value in header.items() if number == 1 else ():
-                    made = entry.get(key)
-                    need(made == value, f"{path} was made with {key} = {made!r}, this run has {value!r}: "
-                         "pass another file with --samples, or remove it")
+                add_line(json.loads(line), samples, columns)
             size += len(line)
-    return rewards, tokens, size
+    return samples, size
 
 
-def add_line(line, rewards, tokens, keep_tokens):
-    """Adds a line of the file to what is known of each prompt. Raises ValueError where it does not fit."""
-    columns = (line[name] for name in ("prompts", "rewards", "tokens", "responses"))
-    for prompt, new, ids, texts in zip(*columns, strict=True):
-        known = rewards.setdefault((line["split"], prompt), [])
-        follows = len(known) == line["start"] and len(new) == len(ids) == len(texts)
-        finite = all(type(r) in (int, float) and math.isfinite(r) for r in new)
-        if not (follows and finite and all(type(token) is int for row in ids for token in row)):
+def add_line(line, samples, columns):
+    """Adds a line of the file to the samples. Raises ValueError where it does not fit."""
+    names = ("rewards", "tokens", "responses")
+    for prompt, *new in zip(line["prompts"], *(line[name] for name in names), strict=True):
+        known, new = samples[line["split"], prompt], dict(zip(names, new))
+        follows = len(known["rewards"]) == line["start"] and len(set(map(len, new.values()))) == 1
+        finite = all(type(r) in (int, float) and math.isfinite(r) for r in new["rewards"])
+        if not (follows and finite and all(type(token) is int for row in new["tokens"] for token in row)):
             raise ValueError("it does not follow the lines before it, or what should be a number is none")
-        known += new
-        if keep_tokens:
-            tokens.setdefault((line["split"], prompt), []).extend(ids)
+        for name in columns:
+            known[name] += new[name]
 
 
-def write_line(path, header, line):
-    """Appends a line to the file of samples, below a header if it is the first."""
+def write_line(path, header, line, size):
+    """Writes a line, or header and line, behind the first `size` bytes of the file. Returns the new size."""
     if rank() == 0:
+        start = b"" if size else json.dumps(header).encode() + b"\n"
         with open(path, "ab") as file:
-            start = b"" if file.tell() else json.dumps(header).encode() + b"\n"
+            file.seek(file.truncate(size))  # without a line that a killed run left unfinished
             file.write(start + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            return file.tell()
 
 
 # ========== 11. What makes it fast ==========================================================================
-# bench/pieces.py measures each against the same phase without it; bench/README.md has the table.
-#   Decoding knows the log-probs, values and trunk of every token: `collect` computes none of them again.
-#   Policy and π_ref share the frozen layers, which run once: `make_policy`, `top_layers`.
-#   The loss needs the log-prob of one token in V: `TakenLogProb`.
-#   A prompt is read once for all of its samples, and the KV cache has room to grow: `roomy_cache`.
-#   GELU takes one pass over memory: `with_fused_gelu`. Large tensors stand in large pages: `setup`.
+# bench/README.md has the gain of each piece: the layers that policy and π_ref share run once; the loss needs
+# the log-prob of one token in V; the KV cache has room to grow; GELU takes one pass over memory. Decoding, in
+# section 3, reads a prompt once for all its samples and keeps log-probs, values and trunk of every token.
 
 
 def make_policy(ref, K, own_output=False):
     """π_θ, a copy of π_ref, and its value head. With K ≥ 1 only the top K layers and what stands behind them
     (the final norm) are trained; every other tensor is frozen and shared with π_ref. K = −1 trains all."""
     ref.requires_grad_(False)
-    if K == -1:
-        policy = copy.deepcopy(ref).requires_grad_(True)
-    else:
+    shared = {}
+    if K != -1:
         owner, name = transformer_layers(ref, K)
-        layers = getattr(owner, name)
-        children = list(owner.children())
-        final_norm = children[children.index(layers) + 1:]  # whatever stands behind the layers
-        trained = {id(p) for module in [*layers[-K:], *final_norm] for p in module.parameters()}
-        shared = {id(p): p for p in ref.parameters() if id(p) not in trained}
-        policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo already holds
-        for p in policy.parameters():
-            p.requires_grad_(id(p) not in shared)
+        first = next(getattr(owner, name)[-K].parameters())
+        trained = set(itertools.dropwhile(lambda p: p is not first, owner.parameters()))
+        shared = {id(p): p for p in ref.parameters() if p not in trained}
+    policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo already holds
+    for p in policy.parameters():
+        p.requires_grad_(id(p) not in shared)
     output = policy.get_output_embeddings()
     if own_output:  # for `step_token_bias`: not shared with the embeddings, or with π_ref
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=K == -1)
@@ -1589,7 +1515,7 @@ def make_policy(ref, K, own_output=False):
         policy.config.tie_word_embeddings = False
     width = output.weight.shape[1]
     value_head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
-    return policy, value_head.to(next(ref.parameters()).device)
+    return policy, value_head.to(ref.device)
 
 
 def transformer_layers(lm, K=1):
@@ -1604,9 +1530,8 @@ def transformer_layers(lm, K=1):
 
 @contextmanager
 def top_layers(lm, K, trunk=None):
-    """While in force, a pass through lm puts what enters its top K layers into the list that is yielded;
-    and where a trunk is given, only these layers run, on it. The model's own code makes masks and positions:
-    just its list of layers is cut."""
+    """While in force, a pass through lm puts what enters its top K layers into the list that is yielded, and
+    given a trunk runs only these layers, on it: the list of layers is cut, masks and positions are lm's."""
     entered = []
     if K < 1:
         yield entered
@@ -1648,44 +1573,29 @@ def token_log_probs(logits, tokens, temperature=1.0):
 
 
 def roomy_cache(lm):
-    """transformers' KV cache of lm, its plain layers replaced by ones with room to grow."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-    kv = DynamicCache(config=lm.config)
-    kv.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in kv.layers]
-    return kv
-
-
-@cache
-def roomy_layer():
-    """The class of such a layer. transformers' own concatenates, which copies the cache for every token.
-    (Made on the first call: importing transformers takes seconds that `import vbon` should not.)"""
-    from transformers.cache_utils import DynamicLayer
+    """transformers' KV cache, with room to grow: the library copies a layer whole for every new token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer  # takes seconds: not for `import vbon`
+    room = 24
 
     class RoomyLayer(DynamicLayer):
-        room = None  # buffers of keys and values, of which self.keys and self.values are the used part
+        buffers = None  # self.keys and self.values are the first part of these, until rows are picked
 
         def update(self, key_states, value_states, *args, **kwargs):
-            B, heads, new, _ = key_states.shape
-            length, states = self.get_seq_length(), (key_states, value_states)
-            if self.room is None or self.room[0].shape[2] < length + new:
-                self.room = [x.new_empty(B, heads, length + new + 24, x.shape[-1]) for x in states]
-                if length:
-                    self.room[0][:, :, :length], self.room[1][:, :, :length] = self.keys, self.values
-                self.is_initialized = True
-            for buffer, x in zip(self.room, states):
-                buffer[:B, :, length:length + new] = x
-            self.keys, self.values = (buffer[:B, :, :length + new] for buffer in self.room)
+            start, new = self.get_seq_length(), key_states.shape[2]
+            if start == 0:
+                return super().update(key_states, value_states)
+            known = self.keys, self.values
+            fits = self.buffers is not None and start + new <= self.buffers[0].shape[2]
+            if not fits or self.buffers[0].data_ptr() != self.keys.data_ptr():
+                self.buffers = [nn.functional.pad(x, (0, 0, 0, new + room)) for x in known]
+            for buffer, x in zip(self.buffers, (key_states, value_states)):
+                buffer[:, :, start:start + new] = x
+            self.keys, self.values = (buffer[:, :, :start + new] for buffer in self.buffers)
             return self.keys, self.values
-
-        def batch_repeat_interleave(self, repeats):
-            super().batch_repeat_interleave(repeats)
-            self.room = None
-
-        def batch_select_indices(self, indices):  # those that stay move to the front
-            super().batch_select_indices(indices)
-            for buffer, x in zip(self.room or (), (self.keys, self.values)):
-                buffer[:len(indices), :, :x.shape[2]] = x
-    return RoomyLayer
+    cache = DynamicCache(config=lm.config)
+    # Sliding windows and the like stay what the library makes them.
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def with_fused_gelu(model):
@@ -1700,8 +1610,6 @@ def with_fused_gelu(model):
 
 # ========== 12. Processes, files, the command line ==========================================================
 
-# --- several processes: torchrun --nproc_per_node=K vbon.py …; with one, these do nothing ------------------
-
 
 def start_processes(args):
     """Under torchrun, joins the other processes, of which all but the first fall silent."""
@@ -1711,9 +1619,8 @@ def start_processes(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
-    even = args.rollouts % processes() == 0 and args.minibatch % processes() == 0
-    need(even, f"--rollouts {args.rollouts} and --minibatch {args.minibatch} cannot be shared out evenly to "
-         f"{processes()} processes")
+    need(args.rollouts % processes() == args.minibatch % processes() == 0,
+         f"--rollouts and --minibatch must be divisible by {processes()}, the number of processes")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
@@ -1736,21 +1643,16 @@ def gathered(x):
 
 
 def average_gradients(optimizer):
-    """Replaces every gradient by its mean over the processes, in one message."""
-    if processes() > 1:
-        gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        total = parameters_to_vector(gradients)
-        dist.all_reduce(total)
-        vector_to_parameters(total / processes(), gradients)
-
-
-# --- the device, the optimizer, the order of prompts --------------------------------------------------------
+    """Replaces every gradient by its mean over the processes."""
+    for p in optimizer.param_groups[0]["params"]:
+        if processes() > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= processes()
 
 
 def setup(args):
     """The task, its models loaded and its prompts read. Resolves "auto" in args.device and args.backend."""
-    # Large tensors in pages of 2 MB (Linux), for mapping pages of 4 KB takes time. torch reads this at its
-    # first tensor.
+    # Large tensors in pages of 2 MB (Linux), which are mapped faster. torch reads this at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from transformers.utils import logging
     logging.set_verbosity_error()  # its loading bars and notes would bury ours
@@ -1768,7 +1670,7 @@ def setup(args):
 
 def pick_device(name):
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with reading(f"--device {name}"):
         return str(torch.empty(0, device=name).device)
 
@@ -1807,10 +1709,7 @@ def is_milestone(step, steps):
     return (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps
 
 
-# --- the run's folder ---------------------------------------------------------------------------------------
-
-# Where and how a run is made, not what: --resume may change these.
-PLACES = ("out", "device", "overwrite", "save_every", "resume", "sample_batch")
+PLACES = ("out", "device", "overwrite", "save_every", "resume", "sample_batch")  # --resume may change these
 
 
 def check_folder(args):
@@ -1826,41 +1725,25 @@ def check_folder(args):
 
 
 def take_lock(path, wait):
-    """Takes a lock file until it is released or the lock is forgotten, in the first process for all of them.
-    Where another run has it: waits for that to end, or raises UserError."""
+    """Takes a lock, in the first process for all, until what is returned is left (`with`) or forgotten."""
     from filelock import FileLock, Timeout
+    if rank() > 0:
+        return nullcontext()
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    lock = FileLock(path)
     try:
-        if rank() == 0:
-            lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         need(wait, f"{os.path.dirname(path)} is being written by another run: wait, or pass another --out")
-        print(f"{path} is held by another run: waiting for it", flush=True)
-        lock.acquire()
-    return lock
+    print(f"{path} is held by another run: waiting for it", flush=True)
+    return FileLock(path).acquire()
 
 
 def open_run(args, task, ref_rewards=None):
-    """Clears the folder of an earlier run. For the toy returns its exact world, and prints what training
-    starts from and, given the samples, aims at."""
-    stale = ["result.json", "samples.jsonl"] + ([] if args.resume else ["checkpoint.pt", "metrics.jsonl"])
-    for name in stale if rank() == 0 else ():
+    """Clears the folder of an earlier run. Returns the toy's exact world, else None."""
+    for name in ["result.json"] if args.resume else ["result.json", "checkpoint.pt"]:
         Path(args.out, name).unlink(missing_ok=True)
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
-    if args.task != "toy":
-        return None
-    world = ExactWorld(task, args)
-    print(f"toy: all {len(world.responses):,} responses to each of {len(world.prompts)} prompts enumerated, "
-          f"{time.perf_counter() - args.started:.0f} s\n\n"
-          "  exact, in nats        KL(· ‖ π_bon) KL(· ‖ π_ref)  reward   win rate")
-    print(world.row("π_ref", world.metrics(world.log_ref)))
-    print(world.row(f"π_bon, N = {args.N}", world.metrics(world.log_bon)))
-    if ref_rewards:
-        exact = world.metrics(world.optimum(ref_rewards))
-        print(world.row("what training aims at", exact))
-        world.aim = {"exact/kl_to_bon_of_optimum": exact["exact/kl_to_bon"]}
-    return world
+    return ExactWorld(task, args, ref_rewards) if args.task == "toy" else None
 
 
 def log_metrics(args, metrics):
@@ -1873,8 +1756,7 @@ def log_metrics(args, metrics):
 def write_whole(path, text):
     """Writes a file under a temporary name, then renames: it is there whole or not at all."""
     if rank() == 0:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(text)
+        Path(path + ".tmp").write_text(text, encoding="utf-8")
         os.replace(path + ".tmp", path)
 
 
@@ -1890,26 +1772,20 @@ def save_results(args, task, world, metrics, samples, policy=None):
     shutil.rmtree(f"{args.out}/policy", ignore_errors=True)
     if policy is not None:  # a plain Hugging Face folder, which from_pretrained and vLLM load
         from transformers import GenerationConfig
-        # They sample as it was trained to be sampled from. π_ref's own settings may be others, even invalid.
+        # As it was trained to be sampled from: π_ref's own settings may be others, even invalid.
         policy.generation_config = GenerationConfig(do_sample=True, temperature=args.temperature, top_k=0,
                                                     eos_token_id=task.tokenizer.eos_token_id)
         policy.save_pretrained(f"{args.out}/policy")
         task.tokenizer.save_pretrained(f"{args.out}/policy")
-    lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
-    write_whole(f"{args.out}/samples.jsonl", "".join(lines))
+    lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+    write_whole(f"{args.out}/samples.jsonl", lines)
     write_whole(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
-    if world and policy is not None:
-        world.show_responses("before: π_ref (reward)", world.log_ref)
-        world.show_responses("after: π_θ, one sample each", world.log_probs(policy))
-        world.show_responses(f"the real Best-of-{args.N}", world.log_bon)
-    else:
-        for s in samples[::args.test_responses][:4]:
-            print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
+    for s in samples[::args.test_responses][:4]:
+        print(f"  {s['reward']:.2f}  {s['prompt']} |{s['response']}".replace("\n", " "))
 
     def pm(key, scale=1, digits=3):
         return f"{scale * result[key]:.{digits}f} ± {scale * (result[key + '_se'] or 0):.{digits}f}"
-    files = [name for name in sorted(os.listdir(args.out)) if name[0] != "."]
     print(f"\ntest, ± standard error over prompts (and Best-of-{args.N}):\n"
           f"  reward      {pm('reward')}  (π_ref {result['ref/reward']:.3f})\n"
           f"  win rate    {pm('win_rate', 100, 1)} %  ({100 * bon_win_rate(args.N):.1f} %)\n"
@@ -1917,49 +1793,42 @@ def save_results(args, task, world, metrics, samples, policy=None):
           f"  KL to π_bon {pm('kl_to_bon')} nats  (0)\n"
           f"  effective N {pm('effective_N', 1, 2)}  ({args.N})\n"
           f"  excess KL   {pm('excess_kl')} nats  (0)\n"
-          f"{args.out}: {', '.join(files)}   [{result['seconds']:.0f} s]")
+          f"{args.out}   [{result['seconds']:.0f} s]")
     return result
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(args, task, done, optimizer, generator, learned):
     """All that a run needs to go on after `done` phases: weights, their moments, the other tensors that are
-    learned, the random generator of each process. The rest follows from the seed."""
-    weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *learned)]
-    state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
-             "generators": gathered(generator.get_state())}
+    learned, the random generator of each process, metrics. The rest follows from the seed."""
+    generators = gathered(generator.get_state())
     if rank() == 0:
+        weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *learned)]
+        metrics = Path(args.out, "metrics.jsonl").read_text("utf-8")
+        state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
+                 "generators": generators, "metrics": metrics}
         torch.save(state, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
 def load_checkpoint(args, task, optimizer, generator, learned):
-    """Goes back to the last checkpoint and cuts off later metrics. Returns how many phases were done."""
-    path, metrics = f"{args.out}/checkpoint.pt", f"{args.out}/metrics.jsonl"
-    if not (args.resume and os.path.exists(path)):
-        write_whole(metrics, "")
-        return 0
-    with reading(f"--resume: {args.out} is damaged, remove checkpoint.pt to start the run anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        with open(metrics, encoding="utf-8") as file:
-            lines = file.readlines()[:state["done"]]
-        made_by = len(state["generators"])
-        need(len(lines) == state["done"], f"--resume: {metrics} has lost lines: remove checkpoint.pt")
-        need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref")
-        need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
-        weights = (*optimizer.param_groups[0]["params"], *learned)
-        for p, saved in zip(weights, state["weights"], strict=True):
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generators"][rank()])
-    write_whole(metrics, "".join(lines))
-    print(f"resumed from {path}")
+    """Goes back to the last checkpoint, and its metrics. Returns how many phases were done."""
+    path, state = f"{args.out}/checkpoint.pt", {"done": 0, "metrics": ""}
+    if args.resume and os.path.exists(path):
+        with reading(f"--resume: {path} is damaged, remove it to start the run anew"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            made_by = len(state["generators"])
+            need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref")
+            need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
+            weights = (*optimizer.param_groups[0]["params"], *learned)
+            for p, saved in zip(weights, state["weights"], strict=True):
+                p.data.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generators"][rank()])
+    if args.resume:
+        print(f"resumed from {path}, after {state['done']} phases" if state["done"] else
+              f"--resume: {args.out} has no checkpoint, so it starts anew")
+    write_whole(f"{args.out}/metrics.jsonl", state["metrics"])
     return state["done"]
-
-
-# --- errors and the command line ----------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -1974,28 +1843,23 @@ def need(condition, message):
 
 def check(args):
     """Raises UserError where a number is out of its range, or where flags do not go together."""
-    def inside(names, low, high):
+    least = {1: "N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch "
+                "episodes rollouts minibatch ppo_epochs",
+             0: "M beta value_coef critic_every save_every seed data_seed lam",
+             1e-3: "temperature", 1e-30: "lr adam_eps"}
+    for low, names in least.items():
         for name in names.split():
             value = getattr(args, name)
-            need(value is None or low <= value <= high,
-                 f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
-    inside("N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch", 1, 1e9)
-    need(args.M != 0 or args.estimator == "shared", "--M 0 goes with --estimator shared; else --M is from 1")
-    inside("M beta value_coef critic_every save_every", 0, 1e9)
-    inside("episodes rollouts minibatch ppo_epochs", 1, 1e9)
-    inside("temperature", 1e-3, 1e3)
-    inside("lr adam_eps", 1e-30, 1e30)
-    inside("no_eos_reward", -1e30, 1e30)
-    inside("lam", 0, 1)
-    inside("seed data_seed", 0, 2 ** 62)
+            need(value is None or low <= value <= 1e18,
+                 f"--{name.replace('_', '-')} must be from {low:g} to 1e18, not {value}")
+    need(args.lam <= 1, f"--lam must be from 0 to 1, not {args.lam}")
+    need(args.M != 0 or args.estimator == "shared", "--M 0 goes with --estimator shared")
     need(args.estimator != "smooth" or args.M >= 3, "--estimator smooth needs --M of at least 3")
     if args.task == "toy":
-        need(args.estimator != "shared", "toy has four prompts, too few to learn what prompts share: "
-             "--estimator shared goes with --task imdb or tldr")
+        need(args.estimator != "shared", "toy has four prompts, too few for --estimator shared")
         need(args.max_new_tokens <= 4, "toy enumerates 18^T responses: --max-new-tokens at most 4")
-        foreign = [args.ref, args.reward, args.dataset, args.no_eos_reward, args.backend == "vllm" or None]
-        need(foreign == [None] * 5, "toy has no --ref, --reward, --dataset, --no-eos-reward, --backend vllm: "
-             "they go with --task imdb or tldr")
+        foreign = args.ref or args.reward or args.dataset or args.no_eos_reward or args.backend == "vllm"
+        need(not foreign, "--ref, --reward, --dataset, --no-eos-reward, vllm go with --task imdb or tldr")
 
 
 @contextmanager
@@ -2015,25 +1879,19 @@ def parse_args(argv=None, Args=Args, description=__doc__, positional=""):
     parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:3]),
                                      usage=f"%(prog)s [flags] {positional}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     for f in fields(Args):
         if f.name in Args.groups:
             group = parser.add_argument_group(Args.groups[f.name])
-        recipe = {task: values[f.name] for task, values in Args.recipes.items() if f.name in values}
-        default = ", ".join(f"{task} {value}" for task, value in recipe.items()) or f.default
-        shown = "" if default is None or f.type is bool else f" [{default}]"
-        help = f.metadata["help"].replace("%", "%%") + shown
-        kind = {"action": "store_true"} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"],
-            "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
         name = f.name if f.name == positional else "--" + f.name.replace("_", "-")
-        group.add_argument(name, default=f.default, help=help, **kind)
+        help, choices = f.metadata["help"], f.metadata["choices"]
+        if f.type is bool:
+            group.add_argument(name, action="store_true", help=help)
+            continue
+        defaults = [f"{task} {recipe[f.name]}" for task, recipe in Args.recipes.items() if f.name in recipe]
+        shown = f" [{', '.join(defaults) or f.default}]" if defaults or f.default is not None else ""
+        group.add_argument(name, type=f.type, default=f.default, choices=choices, help=help + shown,
+                           metavar=None if choices else f.type.__name__.upper())
     return Args(**vars(parser.parse_args(argv)))
-
-
-def refuse(message):
-    """What argparse calls for a bad flag."""
-    raise UserError(f"{message} (see --help)")
 
 
 def run_script(name, run):
@@ -2044,7 +1902,8 @@ def run_script(name, run):
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print(f"\n{name}: stopped; the same command with --resume goes on from its last checkpoint",
+              file=sys.stderr)
         return 130
     return 0
 

@@ -45,7 +45,7 @@ def parser_of(description):
     """An argparse parser with the flags that all benchmarks have."""
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=as_it_is)
-    parser.error, add = vbon.refuse, parser.add_argument
+    add = parser.add_argument
     add("--ref", help="reference model, a hub name or folder; default: random weights of --size")
     add("--reward", help="reward model, a hub name or folder; goes with --ref")
     add("--dataset", help="prompts, a hub name, folder or .jsonl file; goes with --ref")

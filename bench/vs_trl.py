@@ -218,7 +218,7 @@ def train(kind, settings, flags):
             done.append(numbers | {"episode": (len(done) + 1) * args.rollouts})
             policy.load_state_dict(trainer.model.state_dict())
             if world and vbon.is_milestone(len(done) - 1, phases):
-                done[-1] |= world.report(policy, done[-1]["episode"])
+                done[-1] |= world.report(f"π_θ, {done[-1]['episode']} ep.", world.log_probs(policy))
         busy[0] = time.process_time()
     trainer = group_trainer(kind, settings, args, task, ref_rewards, at_phase)
     trainer.train()

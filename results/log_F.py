@@ -30,9 +30,9 @@ def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
 
     The M are among the 600, as in the paper: were they others, a test at 5 % would reject 5 % at every M.
     """
-    rewards, _, _ = vbon.read_samples(path, {"vbon_samples": 4})  # whatever made them
-    drawn = [(prompt, torch.tensor(r[:most], dtype=torch.double))
-             for (_, prompt), r in rewards.items() if len(r) >= most]
+    samples, _ = vbon.read_samples(path, {"vbon_samples": 4})  # whatever made them
+    drawn = [(prompt, torch.tensor(known["rewards"][:most], dtype=torch.double))
+             for (_, prompt), known in samples.items() if len(known["rewards"]) >= most]
     vbon.need(drawn, f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
     rows = [["M", "rejected at 5 %", "mean statistic", "mean p", "mean statistic of all"]]
     for M in Ms:
