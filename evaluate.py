@@ -433,6 +433,8 @@ def judge_runs(options):
     need(options.figures or not (options.curves or options.against), "--curves, --against: pass --figures")
     need(not options.curves or any(curve(run, "kl_to_bon") for run in runs),
          "--curves: none of these runs measured its distance to Best-of-N in training")
+    need(options.responses >= 0, f"--responses must be at least 0, not {options.responses}")
+    need(not os.path.isdir(options.csv or ""), f"--csv {options.csv} is a folder: name a file")
     groups = group_seeds(runs)  # refuses what cannot stand in one table, before work
     if options.temperatures or options.reward:
         runs = judge_anew(runs, options.temperatures, options.reward)

@@ -1285,7 +1285,7 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
             (dict(reward="three/reward"), ["3 labels"]), (dict(ref="no_eos/ref"), ["EOS"]),
             *(({what: f"{name}/{what}"}, [f"--{what} {name}/{what}"])
               for name in ("cut", "shape", "bare", "wordy") for what in ("ref", "reward")),
-            (dict(ref=pieces), ["--ref"]),
+            (dict(ref=pieces), ["--ref"]), (dict(ref="./none"), ["no such folder"]),
             (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
             (dict(dataset="missing.jsonl"), ["missing.jsonl"]), (dict(dataset="empty.jsonl"), ["--dataset"]),
             (dict(dataset="broken.jsonl"), ["--dataset"]), (dict(dataset="utf16.jsonl"), ["--dataset"]),
@@ -2242,7 +2242,8 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
             (["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
             (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
             (["imdb", "--figures", "x", "--curves"], "--curves"),
-            ([one, copied], "a seed comes twice"),
+            ([one, copied], "a seed comes twice"), ([one, "--responses", "-1"], "--responses"),
+            ([one, "--csv", "run"], "is a folder"),
             ([one, "--temperatures", "hot"], "--temperatures"), (["--nonsense"], "--nonsense"),
             ([one, "--temperatures", "-1"], "--temperatures"),
             ([one, "--temperatures", "1", "--curves"], "not allowed"), (["--export", "none", "x"], "none")):

@@ -1163,6 +1163,8 @@ def decode(task, prompts, responses):
 def load(what, loader, name, device):
     """The model and the tokenizer of a hub name or folder."""
     from transformers import AutoTokenizer
+    of_the_hub = name.count("/") < 2 and not name.startswith(("/", ".", "~"))
+    need(of_the_hub or os.path.isdir(name), f"--{what} {name}: there is no such folder")
     with reading(f"cannot load --{what} {name} (hub name or folder: config.json, tokenizer.json, weights)"):
         model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
