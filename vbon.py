@@ -661,7 +661,7 @@ def block_earnings(rewards, values, mask, size):
 
 
 @torch.no_grad()
-def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
+def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20, limit=0.005):
     """A step of the natural gradient for a bias of the logits, one number b_a for each token a.
 
     The gradient by b_a is the sum of what was earned where a was taken, its Fisher information the number of
@@ -678,6 +678,9 @@ def step_token_bias(output, hidden, rollout, counts, share, kl_coef, prior=20):
     total, number = sum(gathered(torch.stack(seen)))
     counts.lerp_(number, share if counts.any() else 1.0)
     step = total / kl_coef / (counts / share + prior)
+    # At a large N the first steps would run away. None moves the policy by more than `limit` nats a token.
+    nats = 0.5 * (counts * step ** 2).sum() / counts.sum()
+    step *= (limit / nats).sqrt().clamp(max=1.0)
 
     hidden = hidden.cpu().double()
     gram, mean = (sum(gathered(x)) for x in (hidden.T @ hidden, hidden.sum(0)))
