@@ -1243,7 +1243,7 @@ def test_log_F_shared_between_prompts(pieces, tmp_path, M, critic):
         scores = score(line["prompts"], [""] * len(line["prompts"]))
         close(doubles([r for r, in line["rewards"]]), doubles(scores), atol=1e-6)
     row = read_lines(tmp_path / "one" / "metrics.jsonl")[-1]
-    assert all(math.isfinite(x) for x in row.values()) and row["objective/kl_to_bon"] > -0.1
+    assert all(math.isfinite(x) for x in row.values()) and row["objective/kl_to_bon"] > -0.5
     assert metrics_of(tmp_path / "one") != metrics_of(tmp_path / "ranks")
 
 
@@ -1655,7 +1655,7 @@ vbon.update = watched"""
 def two_processes(pieces, tmp_path_factory):
     """A run of two processes: the script, its flags, its folder, what it printed."""
     folder = tmp_path_factory.mktemp("two")
-    argv = flags(own(pieces), rollouts=16, episodes=64, lr=1e-3, save_every=1, sample_batch=10)
+    argv = flags(own(pieces), device="cpu", rollouts=16, episodes=64, lr=1e-3, save_every=1, sample_batch=10)
     path = launcher(folder / "watched.py", WATCHED)
     run = succeeded(torchrun(path, *argv, "--samples", "samples", "--out", "run", cwd=folder))
     return path, argv, folder, run.stdout

@@ -1011,8 +1011,9 @@ def write_verdict(noun, rng):
 
 
 @cache
-def toy_reference(data_seed, device):
-    """The toy's π_ref and its tokenizer: a tiny GPT-2, trained in a few seconds, once per process."""
+def toy_reference(data_seed):
+    """The toy's π_ref and its tokenizer: a tiny GPT-2, trained in a few seconds, once per process. It is
+    trained on the CPU, so that runs on a GPU have the same one and share the samples."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     eos, steps = len(TOY_WORDS), 200
@@ -1023,15 +1024,14 @@ def toy_reference(data_seed, device):
     lm = GPT2LMHeadModel(GPT2Config(
         vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos,
         eos_token_id=eos, activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    lm.to(device)
     rng = random.Random(data_seed)
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in KINDNESS for _ in range(5000)]
-    ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right", device)
+    ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right")
     labels = ids.masked_fill(~mask, -100)
     labels[:, :3] = -100  # the prompt is given
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for rows in torch.randint(len(corpus), (steps, 256)).to(device):
+    for rows in torch.randint(len(corpus), (steps, 256)):
         loss = lm(input_ids=ids[rows], attention_mask=mask[rows].long(), labels=labels[rows]).loss
         optimizer.zero_grad()
         loss.backward()
@@ -1042,7 +1042,8 @@ def toy_reference(data_seed, device):
 
 def toy_task(args):
     """π_ref, warmth as the reward, and one prompt for each noun."""
-    lm, tokenizer = toy_reference(args.data_seed, args.device)
+    lm, tokenizer = toy_reference(args.data_seed)
+    lm = copy.deepcopy(lm).to(args.device)
     prompts = [f"the {noun} was" for noun in KINDNESS]
     test_prompts = list(itertools.islice(itertools.cycle(prompts), args.test_prompts))
     return Task(lm, tokenizer, lambda _, responses: [warmth(r) for r in responses], cache(tokenizer.encode),
@@ -1621,7 +1622,9 @@ def start_processes(args):
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        need(local < gpus, f"more processes than this machine's {gpus} GPUs: start fewer, or pass --device cpu")
+        args.device = f"cuda:{local}"
         torch.cuda.set_device(args.device)
     dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others
     need(args.rollouts % processes() == args.minibatch % processes() == 0,
