@@ -238,7 +238,7 @@ def judge_anew(runs, temperatures, reward):
 # ========== 4. Figures ====================================================================================
 
 # For --against: what the figure of a key is called, and its axis.
-AXES = {"temperature": ("temperatures", "sampling temperature"),
+AXES = {"temperature": ("temperatures", "sampling temperature"), "M": ("M", "M, samples of π_ref to each prompt"),
         "seconds_sampling": ("M", "seconds to draw and score π_ref's samples")}
 
 
@@ -352,11 +352,13 @@ def plot_curves(path, title, groups):
 
 
 def plot_against(path, task, groups, key, xlabel):
-    """Figures 4 and 5: reward and win rate against a number of result.json, mean and error over seeds."""
+    """Figures 4 and 5: reward, win rate and KL to π_bon against a number of result.json, mean and error over
+    seeds."""
     results = [run["result"] for _, runs in groups for run in runs]
     need(all(isinstance(r.get(key), (int, float)) for r in results), f"not every run has a number {key}")
     parts = ["in/", "out/"] if all("in/reward" in r and "out/reward" in r for r in results) else [""]
-    panels = [part + value for part in parts for value in ("reward", "win_rate")]
+    panels = [part + value for part in parts for value in ("reward", "win_rate", "kl_to_bon")
+              if all(part + value in r for r in results)]
     with picture(path, task, len(panels)) as axes:
         for a, value in zip(axes, panels):
             lines = {}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # imdb with small models: does vBoN train as well on few samples to a prompt, where prompts learn log F from
 # each other? Ranks of 200 and of 32 samples; shared with 32, with 8, and with none but to 256 other prompts;
-# N = 16 and 64. For results/imdb-shared-N*.* and figures/imdb-shared/.
+# N = 16 and 64. For results/imdb-shared-N*.* and figures/imdb-M.png.
 # 30 runs of about 13 minutes of one core. Arguments are added to every run.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR results/imdb-shared.sh
@@ -30,4 +30,4 @@ done | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset
 for N in 16 64; do
     python evaluate.py $out/N$N-* --csv results/imdb-shared-N$N.csv | tee results/imdb-shared-N$N.txt
 done
-python evaluate.py $out/* --figures figures/imdb-shared --against M
+python evaluate.py $out/N16-* --figures figures --against M
