@@ -238,7 +238,8 @@ def judge_anew(runs, temperatures, reward):
 # ========== 4. Figures ====================================================================================
 
 # For --against: what the figure of a key is called, and its axis.
-AXES = {"temperature": ("temperatures", "sampling temperature"), "M": ("M", "M, samples of π_ref to each prompt"),
+AXES = {"temperature": ("temperatures", "sampling temperature"),
+        "M": ("M", "M, samples of π_ref to each prompt"),
         "seconds_sampling": ("M", "seconds to draw and score π_ref's samples")}
 
 

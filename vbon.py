@@ -1623,7 +1623,7 @@ def start_processes(args):
         return
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        need(local < gpus, f"more processes than this machine's {gpus} GPUs: start fewer, or pass --device cpu")
+        need(local < gpus, f"there are more processes than GPUs ({gpus}): start fewer, or pass --device cpu")
         args.device = f"cuda:{local}"
         torch.cuda.set_device(args.device)
     dist.init_process_group()  # nccl for tensors on GPUs, gloo for the others

@@ -5,9 +5,9 @@
 
 Best-of-N takes token a after the text s with probability π_ref(a|s)·Z(sa)/Z(s), Z(s) = E[F^(N−1) | s] over
 π_ref's ways to go on. Here Z is fitted to π_ref's stored samples as a function of one number, the rank of the
-reward of the unfinished text. The policy draws 32 tokens from π_ref and takes one of them in proportion to Z.
-What it lacks is what the unfinished text's reward does not foresee; what a trained policy is worse by is due to
-its network and its training. The flags are vbon.py's.
+reward of the unfinished text. The policy draws 32 tokens from π_ref and takes one of them in proportion to
+Z. What it lacks is what the unfinished text's reward does not foresee; what a trained policy is worse by is
+due to its network and its training. The flags are vbon.py's.
 """
 import contextlib
 import sys
@@ -64,8 +64,8 @@ def fit_all(task, stored, args):
 
 @torch.no_grad()
 def sample(task, ref_rewards, log_Z, args):
-    """A response to each test prompt as text, and a bound on KL(π ‖ π_ref) along it in nats: that of the choice
-    among the tokens drawn, which is nearly exact, as one token changes little."""
+    """A response to each test prompt as text, and a bound on KL(π ‖ π_ref) along it in nats: that of the
+    choice among the tokens drawn, which is nearly exact, as one token changes little."""
     eos, generator = task.tokenizer.eos_token_id, torch.Generator().manual_seed(args.seed)
     prompts = task.test_prompts
     ref = torch.stack([ref_rewards["test", p] for p in prompts])
@@ -89,7 +89,8 @@ def sample(task, ref_rewards, log_Z, args):
 
 def main(argv=None):
     def run():
-        args = vbon.parse_args([*(sys.argv[1:] if argv is None else argv), "--overwrite"])  # no run is touched
+        flags = sys.argv[1:] if argv is None else argv
+        args = vbon.parse_args([*flags, "--overwrite"])  # no run is touched
         with contextlib.redirect_stdout(sys.stderr):
             task = vbon.setup(args)
             stored = vbon.reference_samples(task, args, keep_tokens=True)
