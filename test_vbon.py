@@ -33,6 +33,7 @@ import torch
 import bon_baselines
 import evaluate
 import vbon
+from results import ceiling
 from results import log_F as table_1
 from results import shared as floors
 
@@ -2220,6 +2221,19 @@ def test_floors_of_shared_log_F(pieces, tmp_path, monkeypatch):
     assert len(lines) == 3 * (3 * 5 + 1) * 4
     assert all(math.isfinite(float(line.split(",")[-2])) for line in lines)
     refused(call(*argv, "--test-M", "100", script=floors), "--test-M")
+
+
+def test_the_ceiling_looks_one_token_ahead(pieces, tmp_path, monkeypatch):
+    u = normals(20_000, 1, 0).flatten()
+    y = torch.exp(0.5 * u - 1) * -torch.log(torch.rand(len(u), generator=seeded()).double())
+    close(ceiling.fit_log_Z(u, y), doubles([-1, 0.5, 0, 0]), atol=0.06)  # E[y | u] = exp(u/2 − 1)
+    argv = flags(own(pieces, N=4, M=8, estimator="add_one", samples=tmp_path / "samples", out=tmp_path / "run"))
+    monkeypatch.setattr(ceiling, "CANDIDATES", 1)  # no choice: this is π_ref, which costs nothing
+    kl = float(succeeded(call(*argv, script=ceiling)).stdout.split()[-12])
+    assert kl == 0
+    monkeypatch.setattr(ceiling, "CANDIDATES", 8)
+    assert float(succeeded(call(*argv, script=ceiling)).stdout.split()[-12]) > 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_export_of_samples(pieces, tmp_path, monkeypatch):

@@ -48,12 +48,13 @@ def fit_log_Z(u, y, ridge=1.0):
 
 def fit_all(task, stored, args):
     """(T + 1, 4): log Z of a text of 0, 1, … T tokens. Samples of all training prompts, in turn."""
-    prompts, per_prompt = task.train_prompts, -(-FITTED // len(task.train_prompts))
+    prompts, per_prompt = task.train_prompts, min(args.M, -(-FITTED // len(task.train_prompts)))
     rows = [(p, i) for i in range(per_prompt) for p in prompts][:FITTED]
     ref = torch.stack([stored["train", p][0] for p, _ in rows])
     own = torch.stack([stored["train", p][0][i] for p, i in rows])
     others = ref.shape[1] - 1
-    y = ((vbon.ranks(own.unsqueeze(1), ref).squeeze(1)) / others).clamp(max=1) ** (args.N - 1)
+    # The rank of a sample among the others: of itself it is half above.
+    y = ((vbon.ranks(own.unsqueeze(1), ref).squeeze(1) - 0.5) / others) ** (args.N - 1)
     found = [torch.tensor([y.mean().log(), 0, 0, 0], dtype=torch.double)]
     for t in tqdm(range(1, args.max_new_tokens + 1), desc="fit"):
         texts = [stored["train", p][1][i][:t] for p, i in rows]
