@@ -1794,10 +1794,11 @@ def test_the_reward_for_trl_is_the_objective(exported, monkeypatch):
     row = made["train_dataset"][0]
     rewards = made["reward_funcs"](
         prompts=[row["prompt"]] * 2, completions=[" good", " bad"], completion_ids=[[1], [2]],
-        ref_rewards=[row["ref_rewards"]] * 2, trainer_state=None)
+        ref_rewards=[row["ref_rewards"], row["ref_rewards"][:3]], trainer_state=None)  # prompts may differ in M
     score, _ = vbon.load_reward(names["my-classifier"], "cpu")
     scores = doubles(score([row["prompt"]] * 2, [" good", " bad"]))
-    log_F = vbon.estimate_log_F(scores, doubles(row["ref_rewards"]))
+    log_F = torch.stack([vbon.estimate_log_F(scores[0], row["ref_rewards"]),
+                         vbon.estimate_log_F(scores[1], row["ref_rewards"][:3])])
     close(doubles(rewards), 15 / 16 * log_F)
     assert made["beta"] == 1 / 16
     exact = vbon.vbon_reward(log_F, doubles(-40.0), 16)
