@@ -2,8 +2,8 @@
 # imdb with small models: how near to Best-of-N each method comes, for results/imdb-near.* and
 # figures/imdb-near/, and by a second judge, for results/imdb-near-judge.*. vBoN for N = 4, 16 and 64, its bound L,
 # PPO on the reward at two strengths; the two without the bias of tokens, vBoN with the paper's critic; the
-# baselines at the best of three settings each (results/README.md has the others); Best-of-16 itself; two long runs.
-# 39 runs, 8 hours of one core. Arguments are added to every run.
+# baselines at the best of three settings each (results/README.md has the others); Best-of-16 itself; three long runs.
+# 40 runs, 8 hours of one core. Arguments are added to every run.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR OTHER_REWARD=DIR results/imdb-near.sh
 set -eo pipefail
@@ -18,6 +18,7 @@ short="--episodes 10240 --resume"
 {
     echo "python vbon.py --N 16 --token-step 0 --episodes 61440 --resume --out $out/vbon-nobias-long-seed0"
     echo "python vbon.py --N 16 --episodes 30720 --resume --out $out/vbon-long-seed0"
+    echo "python vbon.py --N 16 --episodes 30720 --lam 0.95 --resume --out $out/vbon-lam95-long-seed0"
     for s in 0 1 2; do
         vbon="python vbon.py --N 16 $short --seed $s --out $out"
         echo "$vbon/vbon-seed$s"
