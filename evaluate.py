@@ -358,8 +358,8 @@ def plot_against(path, task, groups, key, xlabel):
     results = [run["result"] for _, runs in groups for run in runs]
     need(all(isinstance(r.get(key), (int, float)) for r in results), f"not every run has a number {key}")
     parts = ["in/", "out/"] if all("in/reward" in r and "out/reward" in r for r in results) else [""]
-    panels = [part + value for part in parts for value in ("reward", "win_rate", "kl_to_bon")
-              if all(part + value in r for r in results)]
+    panels = [part + value for part in parts for value in ("reward", "win_rate")]
+    panels += ["kl_to_bon"] if all("kl_to_bon" in r for r in results) else []
     with picture(path, task, len(panels)) as axes:
         for a, value in zip(axes, panels):
             lines = {}
