@@ -43,7 +43,10 @@ short="--episodes 10240 --resume"
 } | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 256 \
     --M 200 --estimator add_one "$@"
 
-python evaluate.py $out/* --figures figures/imdb-near --csv results/imdb-near.csv | tee results/imdb-near.txt
+# With the runs of results/bond.sh, if they are there.
+shopt -s nullglob
+python evaluate.py $out/* sweeps/bond-imdb/* --figures figures/imdb-near --csv results/imdb-near.csv |
+    tee results/imdb-near.txt
 python evaluate.py $out/vbon-* $out/rlhf-* --figures figures/imdb-near --curves
 python evaluate.py $out/vbon-seed* $out/vbon-N* $out/rlhf-beta* $out/bound-* $out/bon-sft-* $out/dpo-* $out/bonbon-* \
     --reward "$OTHER_REWARD" --csv results/imdb-near-judge.csv | tee results/imdb-near-judge.txt
