@@ -214,10 +214,10 @@ class Args:
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
-    M: int = flag(None, "samples of π_ref per training prompt: vBoN ends (N−1)/(4M) nats from BoN, at best; "
-                  "0, with --estimator shared: none but to 256 other prompts")
+    M: int = flag(None, "samples of π_ref per training prompt: by ranks vBoN ends (N−1)/(4M) nats from BoN "
+                  "at best; with --estimator shared 0 will do, for 256 other prompts get samples")
     estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r); shared lets prompts learn "
-                          "from each other: a smaller M does", (*ESTIMATORS, "smooth", "shared"))
+                          "from each other: a smaller M suffices", (*ESTIMATORS, "smooth", "shared"))
     beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1)")
 
     ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
@@ -235,10 +235,10 @@ class Args:
     rollouts: int = flag(None, "responses per PPO phase")
     minibatch: int = flag(None, "responses per gradient step")
     ppo_epochs: int = flag(None, "passes over the responses of a phase")
-    critic_every: int = flag(None, "the critic is the reward of the text so far, read every K tokens; 0 for "
-                             "the paper's critic, a value head on the policy")
+    critic_every: int = flag(None, "the critic is the reward of the text so far, read once in so many "
+                             "tokens; 0 for the paper's critic, a value head on the policy")
     lam: float = flag(None, "λ of generalized advantage estimation")
-    value_coef: float = flag(None, "weight of the value loss, which there is with --critic-every 0")
+    value_coef: float = flag(None, "weight of the value loss, used with --critic-every 0 only")
     lr: float = flag(None, "AdamW's learning rate")
     lr_schedule: str = flag("linear", "constant, or linear decay to zero", ("constant", "linear"))
     adam_eps: float = flag(None, "AdamW's ε")
@@ -292,13 +292,13 @@ class Rollout:
     input_ids: Tensor          # (B, L+T−1) prompt, padded on the left, and response but for its last token
     attention_mask: Tensor     # (B, L+T−1) true but on padding
     tokens: Tensor             # (B, T) the response, EOS included
-    mask: Tensor               # (B, T) true up to and including EOS
+    mask: Tensor               # (B, T) true up to and including EOS, or the last token
     log_probs: Tensor = None   # (B, T) of the policy that drew them; like the following, zero after EOS
-    values: Tensor = None      # (B, T)
+    values: Tensor = None      # (B, T) what is still to be earned, as the critic sees it, nats/N
     trunk: Tensor = None       # (B, L+T−1, H) what enters the top K layers, if the layers below are frozen
     advantages: Tensor = None  # (B, T)
     returns: Tensor = None     # (B, T)
-    earned: Tensor = None      # (B, T) by `block_earnings`
+    earned: Tensor = None      # (B, T) what a token's block of tokens earned, for the bias of tokens
 
     def __getitem__(self, rows):
         return Rollout(**{name: None if x is None else x[rows] for name, x in vars(self).items()})
@@ -321,7 +321,8 @@ def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
     def keep_hidden(_, inputs):
-        hidden.append(inputs[0].contiguous())  # of a slice the head would make B small products
+        # A slice is not contiguous, and the head would multiply its B parts one by one.
+        hidden.append(inputs[0].contiguous())
         return hidden[0]
     output = lm.get_output_embeddings()
     with output.register_forward_pre_hook(keep_hidden), top_layers(lm, K, trunk) as entered:
@@ -411,7 +412,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalized advantage estimation (Schulman et al. 2016). All (B, T); mask true on the response.
 
     δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1}; beyond the last token V and A are zero.
-    Returns advantages and returns A + V, both (B, T), zero where the mask is false.
+    Gives the advantages A and the returns A + V, both (B, T), zero where the mask is false.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages, next_advantage, next_value = torch.zeros_like(values), 0.0, 0.0
@@ -458,12 +459,12 @@ def log_F_of(scores, ref_rewards, args):
         # The fit is the same wherever 0 is; about the mean nothing overflows.
         centre = ref_rewards.mean(-1, keepdim=True)
         return smooth_log_F(scores - centre.squeeze(-1), *fit_log_F(ref_rewards - centre))
-    # For "shared", ref_rewards are the quantiles that `share_samples` returned.
+    # With "shared", `share_samples` has put quantiles of what all prompts tell in the place of the rewards.
     return estimate_log_F(scores, ref_rewards, "add_one" if args.estimator == "shared" else args.estimator)
 
 
 def terminal_reward(scores, log_F, log_p, args):
-    """The objective's terminal reward, clipped. args.kl_coef is what its KL penalty is multiplied by."""
+    """What a response earns at its end, by the objective, clipped."""
     reward = scores if args.objective == "rlhf" else vbon_reward(log_F, log_p, args.N, args.objective)
     limit = math.inf if args.objective == "bound1" else REWARD_CLIP  # bound1's log p is always large
     return reward.clamp(-limit, limit)
@@ -473,8 +474,8 @@ def terminal_reward(scores, log_F, log_p, args):
 def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
 
-    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, which has the
-    sums of `fit_values`. Returns the Rollout and metrics.
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or with
+    --critic-every the holder of the sums of `fit_values`. Returns the Rollout and metrics.
     """
     start, B, K = time.perf_counter(), len(prompts), args.unfrozen_layers
 
@@ -492,7 +493,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
                                    for rows in torch.arange(B, device=args.device).split(args.minibatch)])
     ref_log_probs = torch.where(mask, ref_log_probs, 0.0)
 
-    # Score the texts and rank them among π_ref's samples: F̂. This is all that vBoN adds to PPO.
+    # Score the texts and rank them among π_ref's samples: F̂. The reward is all that vBoN changes in PPO.
     scores = torch.tensor(task.score(prompts, responses), dtype=torch.double)
     log_F = log_F_of(scores, ref_rewards, args)
     terminal = terminal_reward(scores, log_F, ref_log_probs.cpu().double().sum(1), args)
@@ -505,6 +506,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     # The values, where no head has given them, and the advantages.
     if args.critic_every:
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
+        # The values are zero so far, which makes these the rewards that are still to come.
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
         values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic.sums)
         rollout.values = values.to(rewards)
@@ -546,7 +548,7 @@ def update(policy, critic, optimizer, rollout, args, generator):
                 losses.append(torch.stack([pg, vf, kl, clipped]))
 
     lr = optimizer.param_groups[0]["lr"]
-    if args.token_step:  # its share falls as the learning rate does
+    if args.token_step:  # this step shrinks as the learning rate does
         output, share = policy.get_output_embeddings(), args.token_step * lr / args.lr
         step_token_bias(output, torch.cat(hidden_states), rollout, output.counts, share, args.kl_coef)
     check_weights(optimizer)
@@ -563,13 +565,13 @@ def train(args):
     task = setup(args)
     torch.manual_seed(args.seed)
     policy, critic = make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    # What is learned without gradients, in place: by `fit_values` and by `step_token_bias`.
+    # `fit_values` and `step_token_bias` learn these tensors in place, without gradients.
     critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
     output = policy.get_output_embeddings()
     learned = [critic.sums] + ([output.weight, output.counts] if args.token_step else [])
     lock = take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
 
-    # The M samples of π_ref to every prompt: drawn once, stored, and shared by all runs.
+    # The M samples of π_ref to every prompt are drawn once, stored, and used again by every run.
     clock = time.perf_counter()
     ref_rewards = reference_samples(task, args)
     result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
