@@ -279,7 +279,7 @@ def train(args):
     samples = vbon.reference_samples(sampled, args, keep_tokens=True)
     need(bond or any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
          "every response to a prompt has the same reward: there is nothing to learn from")
-    world, exact = vbon.open_run(args, task), {}
+    exact_world, exact = vbon.open_run(args, task), {}
 
     optimizer = vbon.make_optimizer(policy.parameters(), args)
     anchored = [p.requires_grad_(False) for p in anchor.parameters() if p.requires_grad] if bond else []
@@ -311,8 +311,8 @@ def train(args):
                        "objective/" + ("kl_to_ref" if bond else "log_ratio_margin"): log_ratio,
                        "objective/lr": optimizer.param_groups[0]["lr"],
                        "time/update": time.perf_counter() - start}
-            if world and vbon.is_milestone(phase, phases):
-                exact = world.report(f"π_θ, {metrics['episode']} ep.", world.log_probs(policy))
+            if exact_world and vbon.is_milestone(phase, phases):
+                exact = exact_world.report(f"π_θ, {metrics['episode']} ep.", exact_world.log_probs(policy))
                 metrics |= exact
             vbon.log_metrics(args, metrics)
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
@@ -321,7 +321,7 @@ def train(args):
     ref_rewards = {key: rewards for key, (rewards, _) in samples.items()}
     result, responses = vbon.test_metrics(task, *vbon.sample_policy(policy, task, args), ref_rewards, args)
     result |= {"episodes": phases * args.rollouts} | exact
-    return vbon.save_results(args, task, world, result, responses, policy)
+    return vbon.save_results(args, task, exact_world, result, responses, policy)
 
 
 def run_bon(args):
@@ -329,14 +329,14 @@ def run_bon(args):
     task = vbon.setup(args)
     lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(replace(task, train_prompts=[]), args)
-    world = vbon.open_run(args, task)
+    exact_world = vbon.open_run(args, task)
     result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
-    if world:
-        result |= world.metrics(world.log_bon)
+    if exact_world:
+        result |= exact_world.metrics(exact_world.log_bon)
     if args.N <= args.test_M:  # without sampling at all, from what is stored
         stored = torch.stack([ref_rewards["test", p] for p in task.test_prompts])
         result["bon/expected_reward"] = expected_best_of_n(stored, int(args.N)).mean().item()
-    return vbon.save_results(args, task, world, result, samples)
+    return vbon.save_results(args, task, exact_world, result, samples)
 
 
 @torch.no_grad()

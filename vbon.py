@@ -331,7 +331,7 @@ def forward(lm, ids, mask, keep, cache=None, K=-1, trunk=None):
     return logits.float(), hidden[0].float(), entered[0] if entered else None
 
 
-def heated(logits, temperature):
+def at_temperature(logits, temperature):
     """logits / temperature, without a pass over memory where it is 1."""
     return logits if temperature == 1 else logits / temperature
 
@@ -379,7 +379,7 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
 
     alive = torch.arange(B, device=device)  # the responses that are still growing
     for t in range(T):
-        token, log_prob = sample_tokens(heated(logits[:, -1], temperature), uniforms[alive, t])
+        token, log_prob = sample_tokens(at_temperature(logits[:, -1], temperature), uniforms[alive, t])
         tokens[alive, t], log_probs[alive, t], mask[alive, t] = token, log_prob, True
         if value_head is not None:
             values[alive, t] = value_head(hidden[:, -1]).squeeze(-1).float()
@@ -505,6 +505,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
 
     # The values, where no head has given them, and the advantages.
     if args.critic_every:
+        # u says how high the text so far stands among the prompt's M samples, as a normal quantile.
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
         # The values are zero so far, which makes these the rewards that are still to come.
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
@@ -575,7 +576,7 @@ def train(args):
     clock = time.perf_counter()
     ref_rewards = reference_samples(task, args)
     result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
-    world = open_run(args, task, ref_rewards)  # the toy's exact world, else None
+    exact_world = open_run(args, task, ref_rewards)  # the toy's; None where nothing is known exactly
 
     optimizer = make_optimizer([*policy.parameters(), *critic.parameters()], args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
@@ -593,8 +594,8 @@ def train(args):
             metrics |= update(policy, critic, optimizer, rollout, args, generator)
             metrics["episode"] = (phase + 1) * args.rollouts
 
-            if world and is_milestone(phase, phases):
-                exact = world.report(f"π_θ, {metrics['episode']} ep.", world.log_probs(policy))
+            if exact_world and is_milestone(phase, phases):
+                exact = exact_world.report(f"π_θ, {metrics['episode']} ep.", exact_world.log_probs(policy))
                 metrics |= exact
                 result |= exact
             log_metrics(args, metrics)
@@ -606,7 +607,7 @@ def train(args):
 
     metrics, samples = test_metrics(task, *sample_policy(policy, task, args), ref_rewards, args)
     result |= metrics | {"episodes": phases * args.rollouts}
-    return save_results(args, task, world, result, samples, policy)
+    return save_results(args, task, exact_world, result, samples, policy)
 
 
 # ========== 6. Beyond Algorithm 1 ===========================================================================
@@ -893,10 +894,11 @@ def sample_policy(policy, task, args):
 def response_kls(policy, ref, batch, args):
     """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats. It has far
     less variance than the log-ratio of the tokens."""
-    log_pi, log_ref = (
-        heated(forward(lm, batch.input_ids, batch.attention_mask, batch.tokens.shape[1], None,
-                       args.unfrozen_layers, batch.trunk)[0], args.temperature).log_softmax(-1)
-        for lm in (policy, ref))
+    def next_token(lm):  # log π of every word at every token, (B, T, V)
+        logits = forward(lm, batch.input_ids, batch.attention_mask, batch.tokens.shape[1], None,
+                         args.unfrozen_layers, batch.trunk)[0]
+        return at_temperature(logits, args.temperature).log_softmax(-1)
+    log_pi, log_ref = next_token(policy), next_token(ref)
     kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
     return torch.where(batch.mask, kl, 0.0).sum(1)
 
@@ -1087,7 +1089,7 @@ class ExactWorld:
             ids, log_p, ended = torch.tensor([prompt]), torch.zeros(1, dtype=torch.double), []
             for _ in range(self.args.max_new_tokens):
                 logits = lm(input_ids=ids.to(self.args.device), logits_to_keep=1).logits[:, 0].float()
-                step = heated(logits, self.args.temperature).log_softmax(-1).cpu().double()
+                step = at_temperature(logits, self.args.temperature).log_softmax(-1).cpu().double()
                 step += log_p.unsqueeze(1)
                 ended.append(step[:, W])
                 log_p = step[:, :W].flatten()
@@ -1577,7 +1579,7 @@ class TakenLogProb(torch.autograd.Function):
 
 def token_log_probs(logits, tokens, temperature=1.0):
     """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
-    return TakenLogProb.apply(heated(logits, temperature), tokens)
+    return TakenLogProb.apply(at_temperature(logits, temperature), tokens)
 
 
 def roomy_cache(lm):
@@ -1770,11 +1772,11 @@ def write_whole(path, text):
         os.replace(path + ".tmp", path)
 
 
-def save_results(args, task, world, metrics, samples, policy=None):
+def save_results(args, task, exact_world, metrics, samples, policy=None):
     """Writes policy and samples, and result.json last: it marks the run as finished. Shows what came out."""
     result = {name: getattr(args, name) for name in ("task", "objective", "N", "beta", "M", "seed")}
     result |= {"seconds": round(time.perf_counter() - args.started, 1)} | metrics
-    result |= world.aim if world else {}
+    result |= exact_world.aim if exact_world else {}
     finite = all(math.isfinite(x) for x in result.values() if isinstance(x, float))
     need(finite, "what the policy gives is no longer finite: pass a smaller --lr")
     if rank() > 0:

@@ -51,7 +51,8 @@ def repeated_prompts(lm, prompts, uniforms, *rest):
 
 
 def all_log_probs(logits, tokens, temperature=1.0):
-    return vbon.heated(logits, temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    log_pi = vbon.at_temperature(logits, temperature).log_softmax(-1)
+    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def phase(l, i):

@@ -210,15 +210,16 @@ def train(kind, settings, flags):
     task, phases = vbon.setup(args), args.episodes // args.rollouts
     lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(task, args)
-    world, policy = vbon.open_run(args, task, ref_rewards), vbon.make_policy(task.ref, -1)[0]
+    exact_world, policy = vbon.open_run(args, task, ref_rewards), vbon.make_policy(task.ref, -1)[0]
 
     def at_phase(trainer, numbers):
         if numbers:
             numbers |= {"time/processor": time.process_time() - busy[0]}
             done.append(numbers | {"episode": (len(done) + 1) * args.rollouts})
             policy.load_state_dict(trainer.model.state_dict())
-            if world and vbon.is_milestone(len(done) - 1, phases):
-                done[-1] |= world.report(f"π_θ, {done[-1]['episode']} ep.", world.log_probs(policy))
+            if exact_world and vbon.is_milestone(len(done) - 1, phases):
+                name = f"π_θ, {done[-1]['episode']} ep."
+                done[-1] |= exact_world.report(name, exact_world.log_probs(policy))
         busy[0] = time.process_time()
     trainer = group_trainer(kind, settings, args, task, ref_rewards, at_phase)
     trainer.train()
@@ -227,7 +228,7 @@ def train(kind, settings, flags):
     drawn = vbon.sample_policy(policy, task, args)
     metrics, samples = vbon.test_metrics(task, *drawn, ref_rewards, args)
     exact = {name: x for name, x in done[-1].items() if name.startswith("exact/")}
-    vbon.save_results(args, task, world, metrics | exact | {"episodes": args.episodes}, samples, policy)
+    vbon.save_results(args, task, exact_world, metrics | exact | {"episodes": args.episodes}, samples, policy)
 
 
 # --- the conductor ------------------------------------------------------------------------------------------

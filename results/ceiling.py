@@ -75,7 +75,7 @@ def sample(task, ref_rewards, log_Z, args):
         alive = [i for i, ids in enumerate(tokens) if ids[-1:] != [eos]]
         ids, mask = vbon.pad([task.encode(prompts[i]) + tokens[i] for i in alive], eos, "left", args.device)
         logits, _, _ = vbon.forward(task.ref, ids, mask, 1)
-        pi_ref = vbon.heated(logits[:, 0], args.temperature).softmax(-1).cpu()
+        pi_ref = vbon.at_temperature(logits[:, 0], args.temperature).softmax(-1).cpu()
         drawn = torch.multinomial(pi_ref, CANDIDATES, replacement=True, generator=generator)
         repeated = [i for i in alive for _ in range(CANDIDATES)]
         texts = [tokens[i] + [a] for i, a in zip(repeated, drawn.flatten().tolist())]
