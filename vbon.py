@@ -5,7 +5,7 @@ Best-of-N draws N responses y ~ π_ref(·|x), scores them with a reward r and ke
 policy π_θ so that ONE sample from it is distributed like that best one: PPO minimizes KL(π_θ ‖ π_bon).
 (Amini, Vieira, Ash, Cotterell: "Variational Best-of-N Alignment", ICLR 2025. Equation numbers are theirs.)
 
-    python vbon.py                                # toy: nothing to download, π_bon known exactly, two minutes
+    python vbon.py                                # toy: nothing to download, π_bon known exactly, a minute
     python vbon.py --task imdb --N 16             # the paper's sentiment task, from the Hugging Face hub
     python vbon.py --task imdb --N 16 --ref DIR --reward DIR --dataset DIR    # with your own pieces
     python vbon.py --objective rlhf --beta 0.1    # the baseline: KL-constrained RL with the same PPO
