@@ -155,8 +155,8 @@ class Args(vbon.Args):
     episodes: int = flag(None, "training examples in all: best responses, or pairs; bond: prompts")
     rollouts: int = flag(None, "training examples per phase, which is a line of metrics")
 
-    def finish(self):
-        """Sets what follows from other flags."""
+    def __post_init__(self):
+        vbon.fill_in(self)
         need(self.objective in ("dpo", "bond") or self.N == int(self.N),
              f"--N must be a whole number, not {self.N}")
         need(self.beta > 0, f"--beta must be above 0, not {self.beta}")
@@ -172,7 +172,7 @@ class Args(vbon.Args):
         strength = {"bon": f"N{self.N}", "bond": f"{self.episodes}ep", "dpo": f"beta{self.beta:g}-M{self.M}"}
         strength = strength.get(self.objective, f"N{self.N}-M{self.M}")
         self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
-        super().finish()
+        vbon.finish(self)
 
 
 # ========== 3. What the losses take =======================================================================
@@ -272,14 +272,14 @@ def train(args):
     """Trains a policy. Returns what it writes to result.json."""
     task, bond = vbon.setup(args), args.objective == "bond"
     torch.manual_seed(args.seed)
-    policy, _ = vbon.make_policy(task.ref, args.unfrozen_layers)
-    anchor = vbon.make_policy(task.ref, args.unfrozen_layers)[0] if bond else None
-    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
+    policy = vbon.make_policy(task.ref, args.unfrozen_layers)
+    anchor = vbon.make_policy(task.ref, args.unfrozen_layers) if bond else None
+    lock = vbon.open_run(args)  # noqa: F841, held until this function ends
     sampled = replace(task, train_prompts=[]) if bond else task
     samples = vbon.reference_samples(sampled, args, keep_tokens=True)
     need(bond or any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
          "every response to a prompt has the same reward: there is nothing to learn from")
-    exact_world, exact = vbon.open_run(args, task), {}
+    exact_world, exact = vbon.ExactWorld(task, args) if args.task == "toy" else None, {}
 
     optimizer = vbon.make_optimizer(policy.parameters(), args)
     anchored = [p.requires_grad_(False) for p in anchor.parameters() if p.requires_grad] if bond else []
@@ -327,9 +327,9 @@ def train(args):
 def run_bon(args):
     """Best-of-N on the test prompts, without training. Returns what it writes to result.json."""
     task = vbon.setup(args)
-    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
+    lock = vbon.open_run(args)  # noqa: F841, held until this function ends
     ref_rewards = vbon.reference_samples(replace(task, train_prompts=[]), args)
-    exact_world = vbon.open_run(args, task)
+    exact_world = vbon.ExactWorld(task, args) if args.task == "toy" else None
     result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
     if exact_world:
         result |= exact_world.metrics(exact_world.log_bon)

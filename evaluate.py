@@ -7,7 +7,7 @@
     python evaluate.py runs/* --responses 3                   # … the responses to three prompts (Table 2)
     python evaluate.py runs/* --temperatures .25 .5 1         # draws anew at other temperatures (Figure 5)
     python evaluate.py runs/* --reward DIR                    # judges by a reward that was not trained on
-    python evaluate.py --export samples/imdb-….jsonl FILE     # samples as lines of prompt, responses, rewards
+    python evaluate.py --export samples/imdb-… FILE           # samples as lines of prompt, responses, rewards
 
 Runs that differ in their seeds alone are one row: mean ± standard error over seeds (one seed: over prompts).
 """
@@ -37,7 +37,7 @@ COLUMNS = METRICS | {"exact/" + key: "exact " + label for key, label in METRICS.
     "out/reward": "out-of-distribution reward", "out/win_rate": "out-of-distribution win rate"}
 
 # Settings that say where and how a run was made, not what it is.
-PLACES = (*vbon.PLACES, "samples", "backend")
+PLACES = (*vbon.PLACES, "backend")
 
 # ========== 1. Reading runs ===============================================================================
 
@@ -205,7 +205,7 @@ def draw_anew(run, temperature, reward):
     """
     from transformers import AutoModelForCausalLM
     script = bon_baselines if run["config"]["objective"] in bon_baselines.METHODS else vbon
-    changes = {"temperature": temperature, "samples": None, "overwrite": True, "resume": False}
+    changes = {"temperature": temperature, "overwrite": True, "resume": False}
     with vbon.reading(f"{run['folder']}/config.json is of another version"):
         args = script.Args(**run["config"] | changes)
     task = judge = replace(vbon.setup(args), train_prompts=[])
@@ -394,12 +394,10 @@ def draw_figures(start, task, runs, groups, options):
 # ========== 5. Samples for other programs =================================================================
 
 
-def export_samples(path, target):
-    """Writes the training samples of a file as the authors' lines: {"prompt", "responses", "rewards"}."""
-    need(os.path.realpath(path) != os.path.realpath(target), f"--export {path} {target}: these are one file")
-    need(os.path.exists(path), f"--export: there is no file {path}")
-    # Refuses a damaged file, whatever made it.
-    samples, _ = vbon.read_samples(path, {"vbon_samples": 4}, ("rewards", "responses"))
+def export_samples(folder, target):
+    """Writes the training samples of a folder as the authors' lines: {"prompt", "responses", "rewards"}."""
+    need(os.path.exists(f"{folder}/header.json"), f"--export {folder}: this is no folder of samples")
+    samples = vbon.read_samples(folder, ("rewards", "responses"))
     rows = [{"prompt": prompt} | known for (split, prompt), known in samples.items() if split == "train"]
     vbon.write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{target}: {sum(len(row['rewards']) for row in rows)} samples of {len(rows)} training prompts")
@@ -418,7 +416,7 @@ def parse_options(argv):
     add("--responses", metavar="K", type=int, default=0, help="show the responses to K test prompts")
     add("--reward", metavar="DIR", help="judge by this reward model, a hub name or a folder")
     add("--export", metavar=("SAMPLES", "FILE"), nargs=2,
-        help="write a file of samples as JSON lines of prompt, responses, rewards")
+        help="write a folder of samples as JSON lines of prompt, responses, rewards")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--curves", action="store_true", help="with --figures: the distance to Best-of-N in training instead")
     add("--against", metavar="KEY", help="with --figures: metrics against this key of result.json")

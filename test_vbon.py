@@ -679,8 +679,6 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
         assert together == prompt + response[:len(together) - len(prompt)]
     assert (rollout.log_probs[~rollout.mask] == 0).all() and (rollout.values[~rollout.mask] == 0).all()
     vbon.check_sampler(lm, eos, types.SimpleNamespace(ref=kind, device="cpu", unfrozen_layers=2))
-    if kind != "Mistral":  # whose cache of a window stays what the library makes it
-        assert type(vbon.roomy_cache(lm).layers[0]).__name__ == "RoomyLayer"
 
 
 @pytest.mark.parametrize("kind, settings", [
@@ -719,7 +717,7 @@ def test_shared_trunk(kind):
     ref, prompts = small_lm(kind), PROMPTS * 24
     if kind == "OPT":  # rounding flips its ReLUs
         ref.double()
-    policy, _ = vbon.make_policy(ref, 2)
+    policy = vbon.make_policy(ref, 2)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     assert trained and not any(".0." in name for name in trained), trained
     pointers = {p.data_ptr() for p in ref.parameters()}
@@ -819,6 +817,17 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def files(folder):
+    """{name: content} of a folder, at any depth."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.*")}
+
+
+def batches(folder):
+    """The stored batches of π_ref's samples in a folder, in order."""
+    return [json.loads(path.read_text("utf-8"), parse_constant=not_a_number)
+            for path in sorted(Path(folder).rglob("*-*.json"))]
+
+
 def metrics_of(run):
     """metrics.jsonl without its times."""
     rows = read_lines(run / "metrics.jsonl")
@@ -848,7 +857,7 @@ def toy_args(**changes):
 def toy(tmp_path_factory):
     """The toy's task, the folder of three runs ("one" and "two" are alike), and what the first returned."""
     folder = tmp_path_factory.mktemp("toy")
-    samples = str(folder / "samples.jsonl")
+    samples = str(folder / "samples")
     results = [vbon.train(toy_args(out=str(folder / name), seed=seed, samples=samples))
                for name, seed in (("one", 0), ("two", 0), ("three", 1))]
     return vbon.setup(toy_args()), folder, results[0]
@@ -937,15 +946,15 @@ def test_same_seed_same_run_and_saved_policy(toy):
 
 def test_toy_learns_to_be_its_own_best_of_4(toy, tmp_path):
     changes = dict(N=4, episodes=20480, rollouts=1024, minibatch=256, test_prompts=64, test_M=100, M=200)
-    result = vbon.train(toy_args(**changes, out=str(tmp_path), samples=str(tmp_path / "samples.jsonl")))
+    result = vbon.train(toy_args(**changes, out=str(tmp_path), samples=str(tmp_path / "samples")))
     assert result["exact/kl_to_bon"] < 0.1  # from 1.6
     assert result["exact/win_rate"] == pytest.approx(0.8, abs=0.05)
 
 
 def test_estimates_on_the_test_prompts_agree_with_the_exact_values(toy, tmp_path):
-    args = toy_args(test_prompts=1000, test_M=20_000, samples=str(tmp_path / "samples.jsonl"))
+    args = toy_args(test_prompts=1000, test_M=20_000, samples=str(tmp_path / "samples"))
     task = vbon.setup(args)
-    policy = vbon.make_policy(task.ref, -1)[0]
+    policy = vbon.make_policy(task.ref, -1)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
@@ -967,7 +976,7 @@ def test_one_response_of_one_token_gives_finite_numbers(tmp_path):
     for N in (1, 16):
         run = tmp_path / str(N)
         succeeded(call(*flags(dict.fromkeys(names.split(), 1), N=N, out=run, samples=run / "s")))
-        rows = [read_json(run / "result.json"), *read_lines(run / "metrics.jsonl"), *read_lines(run / "s")]
+        rows = [read_json(run / "result.json"), *read_lines(run / "metrics.jsonl"), *batches(run / "s")]
         assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
 
 
@@ -993,14 +1002,12 @@ def killed(source, target):
 os.replace = killed"""
     path = launcher(tmp_path / "killed.py", patch, script.__name__)
     process = start(path, *argv, "--out", "killed", cwd=tmp_path)
-    succeeded(call(*argv, "--out", "whole", "--samples", "whole.jsonl", script=script))
+    succeeded(call(*argv, "--out", "whole", "--samples", "whole-samples", script=script))
     process.communicate()
     assert process.returncode == -9 and Path("killed/checkpoint.pt").exists()
     assert not Path("killed/result.json").exists()
     resume = [*argv, "--out", "killed", "--resume"]
     refused(call(*resume, "--lr", "0.01", script=script), "lr = 0.001, not 0.01")
-    refused(call(*resume, "--samples", "other.jsonl", script=script), "not 'other.jsonl'")
-    assert not Path("other.jsonl").exists()
     assert "resumed from" in succeeded(call(*resume, script=script)).stdout
     assert same(weights(Path("whole")), weights(Path("killed")))
     assert metrics_of(Path("whole")) == metrics_of(Path("killed"))
@@ -1019,7 +1026,7 @@ def stop_before_the_test(*argv):
 def stopped(tmp_path_factory):
     """A toy run that Ctrl-C stopped when both of its phases were done, and the flags that go on with it."""
     folder = tmp_path_factory.mktemp("stopped")
-    argv = flags(TOY, save_every=1, samples=folder / "samples.jsonl")
+    argv = flags(TOY, save_every=1, samples=folder / "samples")
     stop_before_the_test(*argv, "--out", folder / "run")
     return folder / "run", argv
 
@@ -1199,13 +1206,13 @@ def test_the_fused_gelu_is_gpt2s_own(pieces):
 
 @pytest.mark.parametrize("objective, critic", [*((o, 2) for o in vbon.OBJECTIVES), ("rlhf", 0)])
 def test_own_models_and_prompts(pieces, tmp_path, objective, critic):
-    run, file = tmp_path / "run", tmp_path / "samples.jsonl"
+    run, file = tmp_path / "run", tmp_path / "samples"
     succeeded(call(*flags(own(pieces), objective=objective, critic_every=critic, out=run, samples=file)))
     result, samples, metrics = (read_json(run / "result.json"), read_lines(run / "samples.jsonl"),
                                 read_lines(run / "metrics.jsonl"))
     assert 0 < result["reward"] < 1 and result["kl_to_ref"] >= 0
     assert len(samples) == 2 * 2 and len(metrics) == 2  # a tenth of 20 prompts is held out
-    stored = {(line["split"], prompt): (rewards, texts, tokens) for line in read_lines(file)[1:] for
+    stored = {(line["split"], prompt): (rewards, texts, tokens) for line in batches(file) for
               prompt, rewards, texts, tokens in
               zip(line["prompts"], line["rewards"], line["responses"], line["tokens"], strict=True)}
     assert len(stored) == (2 if objective == "rlhf" and not critic else 8)
@@ -1224,16 +1231,16 @@ def test_own_models_and_prompts(pieces, tmp_path, objective, critic):
 
 @pytest.mark.parametrize("M, critic", [(3, 2), (3, 0), (0, 2)])
 def test_log_F_shared_between_prompts(pieces, tmp_path, M, critic):
-    """On a file of samples that knows no rewards of bare prompts, which are added to it once."""
+    """On samples without rewards of bare prompts, which are added to them once."""
     argv, file = flags(own(pieces, samples=tmp_path / "samples", critic_every=critic)), tmp_path / "samples"
     succeeded(call(*argv, "--out", tmp_path / "ranks"))
-    before = file.read_bytes()
+    before = files(file)
     for name in ("one", "two"):
         out = succeeded(call(*argv, "--estimator", "shared", "--M", M, "--out", tmp_path / name)).stdout
         assert ("read from" in out) == (name == "two")
-    after = file.read_bytes()
-    assert after.startswith(before) and metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
-    added = [json.loads(line) for line in after[len(before):].splitlines()]
+    after = files(file)
+    assert before.items() <= after.items() and metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
+    added = [json.loads(after[name]) for name in sorted(after.keys() - before.keys())]
     empty = [line for line in added if line["split"] == "empty"]
     sampled = [p for line in added if line["split"] == "train" for p in line["prompts"]]
     assert len(sampled) == (0 if M else 18)  # without samples of its own it learns from others, here all 18
@@ -1255,7 +1262,8 @@ def test_bfloat16(pieces, tmp_path):
     assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05)
     assert all(math.isfinite(x) for row in rows for x in row.values() if x is not None)
     assert all(p.dtype == torch.float32 for p in weights(tmp_path).values())
-    assert read_lines(tmp_path / "samples")[0]["dtype"] == "bfloat16"
+    (header,) = (tmp_path / "samples").rglob("header.json")
+    assert read_json(header)["dtype"] == "bfloat16"
 
 
 def test_bad_pieces(pieces, tmp_path, monkeypatch):
@@ -1326,20 +1334,20 @@ def test_a_tokenizer_that_appends_eos(pieces, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "eos/ref").encode("Film")[-1] == 0
     for name, folder in (("plain", pieces), ("eos", tmp_path / "eos")):
         succeeded(call(*flags(own(folder), out=tmp_path / "run" / name, samples=tmp_path / name / "samples")))
-    plain, appended = (read_lines(tmp_path / name / "samples") for name in ("plain", "eos"))
-    assert plain[1:] == appended[1:] and plain[0]["ref"] != appended[0]["ref"]
+    plain, appended = (tmp_path / name / "samples" for name in ("plain", "eos"))
+    assert batches(plain) == batches(appended) and os.listdir(plain) != os.listdir(appended)
     assert same(weights(tmp_path / "run/plain"), weights(tmp_path / "run/eos"))
 
 
-def test_the_header_names_all_that_samples_depend_on(pieces, tmp_path, monkeypatch):
+def test_the_folder_is_named_by_all_that_samples_depend_on(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pieces, "base")
     small_lm("Llama", vocab_size=257).save_pretrained("base/ref")
 
-    def samples_file(folder):
-        args = vbon.Args(**own(Path(folder), samples="made.jsonl"))
+    def samples_folder(folder, **changes):
+        args = vbon.Args(**own(Path(folder), **changes))
         task = vbon.setup(args)
-        return vbon.samples_file(task, replace(args, samples=None)), (task, args)
+        return vbon.samples_folder(task, args), task
 
     def swap(a, b):
         def change(tokenizer):
@@ -1351,25 +1359,22 @@ def test_the_header_names_all_that_samples_depend_on(pieces, tmp_path, monkeypat
         ("reward", "tokenizer_config.json"): lambda c: c.update(model_max_length=32),
         ("reward", "tokenizer.json"): swap("a", "e"), ("ref", "tokenizer.json"): swap("a", "e"),
         ("ref", "config.json"): lambda c: c["rope_parameters"].update(rope_theta=100.0)}
-    (path, header), made = samples_file("base")
-    vbon.reference_samples(*made)
-    assert Path("made.jsonl").read_text().splitlines()[0] == json.dumps(header)
+    path, task = samples_folder("base")
+    assert read_json(f"{path}/header.json")["ref"] == task.ref_id
     shutil.copytree("base", "copy")
-    assert samples_file("copy")[0] == (path, header)  # what counts is what folders hold, not where they are
+    assert samples_folder("copy")[0] == path  # what counts is what folders hold, not where they are
     for i, ((what, file), change) in enumerate(edits.items()):
         folder = Path(shutil.copytree("base", f"edit{i}"))
         edit(folder / what / file, change)
-        (other_path, _), other = samples_file(folder)
+        other_path, other = samples_folder(folder)
         assert other_path != path
         if i == 0:
-            p = other[0].score(["It is "], ["good"])[0]
-            assert p == pytest.approx(1 - made[0].score(["It is "], ["good"])[0], abs=1e-6) != 0.5
-        with pytest.raises(vbon.UserError, match=f"made.jsonl was made with {what} = "):
-            vbon.reference_samples(*other)
+            p = other.score(["It is "], ["good"])[0]
+            assert p == pytest.approx(1 - task.score(["It is "], ["good"])[0], abs=1e-6) != 0.5
     for name, value in dict(backend="vllm", temperature=0.5, no_eos_reward=-1.0, dtype="bfloat16",
                             data_seed=1, max_new_tokens=5).items():
-        result = call(*flags(own(Path("base")) | {"samples": "made.jsonl", "out": "run", name: value}))
-        refused(result, "made.jsonl was made with", {"no_eos_reward": "reward"}.get(name, name) + " = ")
+        assert samples_folder("base", **{name: value})[0] != path
+    assert samples_folder("base", seed=1, M=7, out="elsewhere")[0] == path
 
 
 def test_imdb_verbatim_without_a_hub(tmp_path):
@@ -1462,8 +1467,7 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
         assert s["prompt"].endswith("\n\nTL;DR:") and len(s["prompt"].encode()) <= 256 - 8
         assert (s["reward"] == -1.0) == (not s["response"].endswith(END))
     assert found["reward"] == pytest.approx((found["in/reward"] + found["out/reward"]) / 2)
-    (path,) = (tmp_path / "samples").glob("*.jsonl")
-    stored = read_lines(path)[1:]
+    stored = batches(tmp_path / "samples")
     assert {y.endswith(END) for line in stored for row in line["responses"] for y in row} == {True, False}
     assert all(line["split"] == "test" or vbon.in_distribution(p) for line in stored for p in line["prompts"])
     judge = ["--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1, "--figures", "figures"]
@@ -1503,123 +1507,84 @@ def test_posts_are_cut_to_fit():
         assert vbon.make_prompt(row, count, longest, None) == head + rest + tail
 
 
-# --- the file of samples: killed, shared, damaged; several processes; vLLM ----------------------------------
+# --- π_ref's samples: killed, shared, damaged; several processes; vLLM -------------------------------------
 
 
-def test_killed_sampling_resumes_and_a_larger_M_extends(toy, tmp_path):
+def test_a_larger_M_extends_the_samples_and_what_is_lost_is_drawn_again(toy, tmp_path):
     def samples(path, **changes):
         args = toy_args(**dict(sample_batch=60, samples=str(tmp_path / path)) | changes)
         return vbon.reference_samples(toy[0], args, keep_tokens=True)
     whole = samples("whole")
-    content = (tmp_path / "whole").read_bytes()
-    assert len(content.splitlines()) == 5, "several lines, of several prompts each"
-    for cut in (0, 10, 500, len(content) // 2, len(content) - 1):  # killed here: the torn line is drawn again
-        (tmp_path / "cut").write_bytes(content[:cut])
-        assert samples("cut").keys() == whole.keys() and (tmp_path / "cut").read_bytes() == content
+    content = files(tmp_path / "whole")
+    assert len(content) == 5, "several batches, of several prompts each, and the header"
+    for name in content:  # any batch may be missing
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        (tmp_path / "cut" / name).unlink()
+        assert samples("cut").keys() == whole.keys() and files(tmp_path / "cut") == content
     for changes in (dict(M=50), dict(M=50, test_M=20), dict(M=30)):
         more = samples("cut", **changes)
         for key, (rewards, tokens) in whole.items():
             assert torch.equal(more[key][0][:len(rewards)], rewards) and more[key][1][:len(tokens)] == tokens
             assert len(more[key][0]) == len(more[key][1]) == (changes["M"] if key[0] == "train" else 20)
-    assert (tmp_path / "cut").read_bytes().startswith(content)
+    assert content.items() <= files(tmp_path / "cut").items()
     again = vbon.reference_samples(toy[0], toy_args(samples=str(tmp_path / "cut")))
     assert all(torch.equal(again[key], rewards.sort().values) for key, (rewards, _) in whole.items())
+    # Two runs at once with different M: their batches overlap.
+    samples("both", M=30)
+    for name, batch in files(tmp_path / "whole").items():
+        (tmp_path / "both" / name).write_bytes(batch)
+    both, more = samples("both", M=30), samples("cut", M=30)
+    assert all(torch.equal(both[key][0], more[key][0]) and both[key][1] == more[key][1] for key in both)
 
 
-def test_sampling_killed_while_it_writes_ends_with_the_same_file(pieces, tmp_path):
+def test_sampling_killed_while_it_writes_ends_with_the_same_files(pieces, tmp_path):
     argv = flags(own(pieces), M=60, test_M=30, train_prompts=16, sample_batch=240)
     patch = """
-write_line, seen = vbon.write_line, []
-def torn(path, header, line, size):
-    size = write_line(path, header, line, size)
-    seen.append(line)
-    if len(seen) == 2:
-        open(path, "ab").write(b'{"split": "train", "x')  # as a write that was killed leaves it
+replace, seen = os.replace, []
+def killed(source, target):
+    seen.extend([target] if "/train-" in target else [])
+    if len(seen) == 3:
         os.kill(os.getpid(), 9)
-    return size
-vbon.write_line = torn"""
-    path = launcher(tmp_path / "torn.py", patch)
-    process = start(path, *argv, "--samples", "torn", "--out", "b", cwd=tmp_path)
+    replace(source, target)
+os.replace = killed"""
+    path = launcher(tmp_path / "killed.py", patch)
+    process = start(path, *argv, "--samples", "killed", "--out", "b", cwd=tmp_path)
     succeeded(call(*argv, "--samples", tmp_path / "whole", "--out", tmp_path / "a"))
     process.communicate()
-    whole, torn = (tmp_path / "whole").read_bytes(), (tmp_path / "torn").read_bytes()
-    assert process.returncode == -9 and torn.count(b"\n") == 3 and torn.endswith(b'"x')
-    succeeded(call(*argv, "--samples", tmp_path / "torn", "--out", tmp_path / "b"))
-    assert (tmp_path / "torn").read_bytes() == whole
+    assert process.returncode == -9 and len(batches(tmp_path / "killed")) == 2
+    succeeded(call(*argv, "--samples", tmp_path / "killed", "--out", tmp_path / "b"))
+    assert files(tmp_path / "killed").items() >= files(tmp_path / "whole").items()
+    assert batches(tmp_path / "killed") == batches(tmp_path / "whole") and len(batches(tmp_path / "whole")) > 4
 
 
-def test_runs_on_one_file_take_turns(pieces, tmp_path):
+def test_runs_that_draw_the_same_samples_at_once(pieces, tmp_path):
     argv = flags(own(pieces), M=100, train_prompts=16, samples="samples")
-    path = launcher(tmp_path / "slow.py", "draw_line = vbon.draw_line\n"
-                    "vbon.draw_line = lambda *args: time.sleep(0.2) or draw_line(*args)")
+    path = launcher(tmp_path / "slow.py", "draw_batch = vbon.draw_batch\n"
+                    "vbon.draw_batch = lambda *args: time.sleep(0.2) or draw_batch(*args)")
     runs = [start(path, *argv, "--out", f"run{i}", cwd=tmp_path) for i in range(2)]
     outputs = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    lines = read_lines(tmp_path / "samples")[1:]
-    keys = [(line["split"], prompt) for line in lines for prompt in line["prompts"]]
+    keys = [(batch["split"], prompt) for batch in batches(tmp_path / "samples") for prompt in batch["prompts"]]
     assert len(keys) == len(set(keys)) == 18
-    assert sum("drawn by" in out for out, _ in outputs) == 1 == sum("read from" in out for out, _ in outputs)
+    assert metrics_of(tmp_path / "run0") == metrics_of(tmp_path / "run1")
+    assert "read from" in succeeded(command(*argv, "--out", "c", cwd=tmp_path)).stdout
 
 
-def test_other_files_are_refused_and_left_alone(toy, tmp_path):
-    path = tmp_path / "note"
-    for content in (b"a note of mine\nthat is no file of samples\n", b"one line", b"\x80\x02\n\x00", b"[1]\n",
-                    b'{"vbon_samples": 3}\n', "ein Wort\n".encode("utf-16")):
-        path.write_bytes(content)
-        with pytest.raises(vbon.UserError, match="note"):
-            vbon.reference_samples(toy[0], toy_args(samples=str(path)))
-        assert path.read_bytes() == content
-
-
-def damaged(lines, rng):
-    """The lines of a file of samples, damaged in one of nine ways."""
-    lines, i, way = list(lines), rng.randrange(len(lines)), rng.randrange(9)
-    line, place = lines[i], rng.randrange(len(lines[i]) - 1)
-    other = rng.choice([None, True, 3, 0.5, "x", "xx", "\ud800", [], [None] * 2, [["x"] * 6] * 2, {"a": 1}])
-    if way == 0:
-        lines[i] = line[:place] + b"\n"
-    elif way == 1:
-        lines[i] = line[:place] + rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80"]) + line[place:]
-    elif way == 2:
-        lines[i] = b"[" * 100_000 + b"]" * 100_000 + b"\n"
-    elif way == 3:
-        lines.insert(rng.randrange(len(lines)), line)
-    elif way == 4:
-        rng.shuffle(lines)
-    elif way == 5:
-        del lines[i]
-    else:
-        entry = json.loads(line)
-        if way == 6:
-            entry[rng.choice(list(entry))] = other
-        elif way == 7 and i > 0:
-            entry[rng.choice(["rewards", "tokens", "responses"])][0] = other
-        elif i > 0:
-            bad = rng.choice([math.nan, math.inf, -math.inf, None, "1", True, [1.0], 10 ** 400])
-            entry["rewards"][0][rng.randrange(2)] = bad
-        lines[i] = json.dumps(entry).encode() + b"\n"
-    return b"".join(lines)
-
-
-def test_a_damaged_file_never_gives_a_wrong_F(toy, tmp_path):
-    """Lines cut, doubled, shuffled, lost or of other types, rewards that are no numbers, lone bytes: refused
-    in a line that names the file, or read as if nothing had happened."""
-    path, rng, refusals = tmp_path / "samples", random.Random(0), 0
-    for M in (4, 6):
-        args = toy_args(samples=str(path), M=M, test_M=M, sample_batch=12)
-        right = vbon.reference_samples(toy[0], args, keep_tokens=True)
-    lines = path.read_bytes().splitlines(keepends=True)
-    assert len(lines) > 5
-    for i in range(1000):
-        path.write_bytes(damaged(lines, rng))
-        try:
-            found = vbon.reference_samples(toy[0], args, keep_tokens=True)
-            assert all(torch.equal(found[key][0], rewards) and found[key][1] == tokens
-                       for key, (rewards, tokens) in right.items()), i
-        except vbon.UserError as error:
-            refusals += 1
-            assert str(path) in str(error) and "\n" not in str(error), (i, str(error))
-    assert refusals > 500
+def test_damaged_samples_are_refused(toy, tmp_path):
+    args = toy_args(samples=str(tmp_path), M=4, test_M=4, sample_batch=12)
+    vbon.reference_samples(toy[0], args)
+    path = sorted(tmp_path.rglob("train-*.json"))[0]
+    content, batch = path.read_bytes(), json.loads(path.read_bytes())
+    for damage in (b"", content[:100], b"\xff" + content, b"[1]", b"[" * 100_000, b"{}",
+                   *(json.dumps(batch | {name: batch[name][1:]}).encode() for name in ("prompts", "rewards"))):
+        path.write_bytes(damage)
+        with pytest.raises(vbon.UserError, match="is damaged, remove it") as error:
+            vbon.reference_samples(toy[0], args)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    path.unlink()
+    vbon.reference_samples(toy[0], args)
+    assert path.read_bytes() == content
 
 
 def test_a_reward_that_is_not_finite_names_the_response(pieces, tmp_path):
@@ -1629,7 +1594,7 @@ def test_a_reward_that_is_not_finite_names_the_response(pieces, tmp_path):
     save_file({name: x * math.nan for name, x in load_file(file).items()}, file, {"format": "pt"})
     argv = flags(own(pieces), reward=tmp_path / "reward", out=tmp_path / "run", samples=tmp_path / "samples")
     refused(call(*argv), "--reward", "nan for 'Film number")
-    assert not (tmp_path / "samples").exists()
+    assert not batches(tmp_path / "samples")
 
 
 def torchrun(path, *argv, cwd, **environment):
@@ -1647,7 +1612,7 @@ def watched(policy, critic, *rest):
     if os.environ.get("KILL") == os.environ["RANK"] and len(phases) == 3:
         os.kill(os.getpid(), 9)
     metrics = update(policy, critic, *rest)
-    torch.save(policy.state_dict() | {"critic": critic.sums}, "weights" + os.environ["RANK"])
+    torch.save(policy.state_dict() | {"critic": critic}, "weights" + os.environ["RANK"])
     return metrics
 vbon.update = watched"""
 
@@ -1665,7 +1630,7 @@ def two_processes(pieces, tmp_path_factory):
 def test_two_processes_draw_the_same_samples_and_train_one_policy(pieces, two_processes, tmp_path):
     path, argv, folder, printed = two_processes
     succeeded(call(*argv, "--samples", tmp_path / "samples", "--out", tmp_path / "one"))
-    assert (tmp_path / "samples").read_bytes() == (folder / "samples").read_bytes()
+    assert files(tmp_path / "samples") == files(folder / "samples")
     first, second = (torch.load(folder / f"weights{rank}") for rank in (0, 1))
     saved, before = weights(folder / "run"), weights(pieces / "ref", "model.safetensors")
     assert same(first, second) and same({name: first[name] for name in saved}, saved)
@@ -1701,12 +1666,10 @@ def test_resume_refuses_other_weights_behind_ref(pieces, tmp_path):
     argv = flags(own(folder), save_every=1, samples=tmp_path / "a", out=tmp_path / "run")
     stop_before_the_test(*argv)
     assert (tmp_path / "run/checkpoint.pt").exists()
-    (tmp_path / "a").unlink()
     save_small_models(folder, seed=1)
     refused(call(*argv, "--resume"), "--resume", "--ref")
     shutil.rmtree(folder)
     shutil.copytree(pieces, folder)
-    (tmp_path / "a").unlink(missing_ok=True)
     assert "resumed from" in succeeded(call(*argv, "--resume")).stdout
 
 
@@ -1727,7 +1690,7 @@ def test_vllm_samples_the_same_distribution(tmp_path):
         paths = flags(backend=backend, samples=backend, out=backend + "-run")
         result = succeeded(command(*argv, *paths, cwd=tmp_path, **environment))
         assert f"drawn by {name}" in result.stdout
-        lines = read_lines(tmp_path / backend)[1:]
+        lines = batches(tmp_path / backend)
         for split, column in itertools.product(("train", "test"), ("rewards", "tokens")):
             flat = [x for line in lines if line["split"] == split for row in line[column] for x in row]
             numbers = flat if column == "rewards" else [len(ids) for ids in flat]
@@ -1740,7 +1703,7 @@ import os
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm, out = LLM(model={str(models / "ref")!r}, dtype="float32", seed=0), []
-    line = [json.loads(line) for line in open("hand")][1]
+    line = json.load(open({str(min((tmp_path / "hand").rglob("train-*.json")))!r}))
     for text, (tokens, *_) in zip(line["prompts"][:3], line["tokens"]):
         prompt = llm.get_tokenizer().encode(text)
         (got,) = llm.generate([{{"prompt_token_ids": prompt + tokens}}],
@@ -1777,7 +1740,7 @@ def exported(pieces, tmp_path_factory):
     """A folder with the samples of a run as TRL's data, and the README's code with its paths."""
     folder = tmp_path_factory.mktemp("exported")
     succeeded(call(*flags(own(pieces), samples=folder / "s", out=folder / "run")))
-    evaluated("--export", folder / "s", folder / "theirs.jsonl")
+    evaluated("--export", *(folder / "s").iterdir(), folder / "theirs.jsonl")
     names = {"my-model": str(pieces / "ref"), "my-classifier": str(pieces / "reward"), '"cuda"': '"cpu"',
              "theirs.jsonl": str(folder / "theirs.jsonl"), "runs/rloo": str(folder / "rloo")}
     return folder, names
@@ -2010,7 +1973,7 @@ def test_pairs_of_the_baselines(toy, tmp_path):
 @pytest.mark.parametrize("K", [1, -1])
 def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
     task, args = toy[0], baseline_args(temperature=0.7, unfrozen_layers=K)
-    policy, _ = vbon.make_policy(task.ref, 1)
+    policy = vbon.make_policy(task.ref, 1)
     with torch.no_grad():
         for p in policy.parameters():
             if p.requires_grad:
@@ -2033,7 +1996,7 @@ def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
 def test_on_policy_loss(toy, monkeypatch):
     """The shared trunk changes nothing; and the loss is that of the responses that were drawn."""
     task, prompts = toy[0], ["the plot was", "the the acting was"] * 8
-    policy, anchor = (vbon.make_policy(task.ref, 1)[0] for _ in range(2))
+    policy, anchor = (vbon.make_policy(task.ref, 1) for _ in range(2))
     with torch.no_grad():
         for i, lm in enumerate((policy, anchor)):
             for p in lm.parameters():
@@ -2069,7 +2032,7 @@ def test_on_policy_loss(toy, monkeypatch):
 def baselines(toy):
     """The folder of the toy's runs, with one of each method beside them."""
     for method in bon_baselines.METHODS:
-        argv = flags(TOY, N=4, episodes=4096, out=toy[1] / method, samples=toy[1] / "samples.jsonl")
+        argv = flags(TOY, N=4, episodes=4096, out=toy[1] / method, samples=toy[1] / "samples")
         succeeded(call(method, *argv, script=bon_baselines))
     return toy[1]
 
@@ -2096,7 +2059,7 @@ def test_baselines_on_the_toy(baselines, method):
 
 def test_bon_over_a_trained_run_leaves_no_policy(toy, tmp_path):
     run = Path(shutil.copytree(toy[1] / "one", tmp_path / "run"))
-    argv = ["bon", *flags(TOY, N=4, out=run, samples=toy[1] / "samples.jsonl")]
+    argv = ["bon", *flags(TOY, N=4, out=run, samples=toy[1] / "samples")]
     refused(call(*argv, script=bon_baselines), "--overwrite")
     assert (run / "policy").exists()
     succeeded(call(*argv, "--overwrite", script=bon_baselines))
@@ -2109,8 +2072,8 @@ def test_baselines_on_own_models(pieces, tmp_path, monkeypatch):
         succeeded(call(method, *flags(own(pieces), out=method), script=bon_baselines))
         result = read_json(Path(method) / "result.json")
         assert 0 < result["reward"] < 1 and 0 <= result["win_rate"] <= 1
-        (path,) = Path("samples").glob("*.jsonl")  # all of them learn from one file, but these two
-        splits = {line.get("split") for line in read_lines(path)} - {None}
+        (folder,) = Path("samples").iterdir()  # all of them learn from the same samples, but these two
+        splits = {batch["split"] for batch in batches(folder)}
         assert splits == ({"test"} if method in ("bon", "bond") else {"train", "test"})
 
 
@@ -2197,7 +2160,7 @@ def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch):
 def test_samples_needed(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vbon.reference_samples(toy[0], toy_args(samples="samples", M=600))
-    out = succeeded(call("samples", ".", script=table_1)).stdout
+    out = succeeded(call(*Path("samples").iterdir(), ".", script=table_1)).stdout
     assert "4 prompts" in out and Path("log_F.png").exists()
     rows = [line.split() for line in out.splitlines() if line.split()[0].isdigit() and "prompts" not in line]
     statistics = [float(row[-1]) for row in rows]
@@ -2239,15 +2202,13 @@ def test_the_ceiling_looks_one_token_ahead(pieces, tmp_path, monkeypatch):
 
 def test_export_of_samples(pieces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    succeeded(call(*flags(own(pieces)), "--samples", "s.jsonl", "--out", "a"))
-    assert "of 6 training prompts" in evaluated("--export", "s.jsonl", "theirs.jsonl")
-    stored = [line for line in read_lines("s.jsonl")[1:] if line["split"] == "train"]
-    expected = [dict(zip(("prompt", "responses", "rewards"), row)) for line in stored
-                for row in zip(line["prompts"], line["responses"], line["rewards"])]
+    succeeded(call(*flags(own(pieces)), "--samples", "s", "--out", "a"))
+    (folder,) = Path("s").iterdir()
+    assert "of 6 training prompts" in evaluated("--export", folder, "theirs.jsonl")
+    stored = [batch for batch in batches("s") if batch["split"] == "train"]
+    expected = [dict(zip(("prompt", "responses", "rewards"), row)) for batch in stored
+                for row in zip(batch["prompts"], batch["responses"], batch["rewards"])]
     assert read_lines("theirs.jsonl") == expected and len(expected) == 6
-    content = Path("s.jsonl").read_bytes()
-    refused(call("--export", "s.jsonl", "s.jsonl", script=evaluate), "s.jsonl")
-    assert Path("s.jsonl").read_bytes() == content
 
 
 def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
@@ -2255,8 +2216,8 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
     Path("run").mkdir()
     succeeded(call("bon", *flags(own(pieces), out="imdb"), script=bon_baselines))
     one, copied = baselines / "one", shutil.copytree(baselines / "one", "copied")
-    Path("few").write_text('{"vbon_samples": 4}\n')
-    Path("old").write_text('{"vbon_samples": 3}\n')
+    Path("few").mkdir()
+    Path("few/header.json").write_text("{}")
     for argv, word in (
             (["run"], "not a finished run"), ([one, "imdb"], "different tasks"), ([], "nothing to evaluate"),
             (["imdb", "--reward", "no/such-judge"], "--reward"), ([one, "--reward", "x"], "--task imdb"),
@@ -2267,6 +2228,5 @@ def test_evaluate_refuses(baselines, pieces, tmp_path, monkeypatch):
             ([one, "--temperatures", "-1"], "--temperatures"),
             ([one, "--temperatures", "1", "--curves"], "not allowed"), (["--export", "none", "x"], "none")):
         refused(call(*argv, script=evaluate), word)
-    for argv, word in ((["few"], "600 samples"), (["none"], "600 samples"), (["old"], "vbon_samples"),
-                       ([], "name a file")):
+    for argv, word in ((["few"], "600 samples"), (["none"], "600 samples"), ([], "name a folder")):
         refused(call(*argv, script=table_1), word)

@@ -119,8 +119,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
         raise ValueError("estimate_log_F needs at least one reference reward per prompt (M ≥ 1)")
     if rewards.isnan().any() or ref_rewards.isnan().any():
         raise ValueError("a reward is NaN: it has no rank")
-    if (ref_rewards.diff() < 0).any():  # sorted input skips the sort
-        ref_rewards = ref_rewards.sort(-1).values
+    ref_rewards = ref_rewards.sort(-1).values
     if ref_rewards.ndim == 1:
         k = torch.searchsorted(ref_rewards, rewards.contiguous()).double()
     else:
@@ -147,7 +146,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     which leaves the optimum alone and keeps rewards at one scale for every N. Before the division it is for
       "vbon"    log π_bon(y) − log p       the objective itself                         (Eq. 5)
       "bound"   (N−1) log F                a lower bound of it, L                       (Thm. 2, Eq. 8)
-      "bound1"  γ log F + (β−1) log p      a lower one, L1; γ = N(N−1)/2, β = N(N+1)/2  (Thm. 3, Eq. 16)
+      "bound1"  N(N−1)/2·log F + (N(N+1)/2 − 1)·log p        a lower one, L1            (Thm. 3, Eq. 16)
     log_F, log_p, N as in `log_bon_pmf`, which gives π_bon. Where log p < −30 "vbon" is "bound" + log(N)/N to
     1e-10: a trainer that subtracts a baseline may take "bound" and log_p = 0. Raises ValueError where N < 1
     or for another objective.
@@ -207,17 +206,16 @@ def number(text):
 
 @dataclass
 class Args:
-    recipes = RECIPES  # not a field, like the next, the groups of --help by their first flags
+    recipes = RECIPES  # no flag, nor are the groups of --help, by their first flags
     groups = {"task": "method", "ref": "models, prompts, responses", "episodes": "training",
               "seed": "machine and files"}
 
     task: str = flag("toy", "toy (exact, no download), imdb (reviews) or tldr (summaries)", tuple(RECIPES))
     objective: str = flag("vbon", "vbon (Eq. 5), its bounds L and L1, or rlhf: reward − β·KL", OBJECTIVES)
     N: number = flag(None, "the N of Best-of-N, any real number from 1")
-    M: int = flag(None, "samples of π_ref per training prompt: by ranks vBoN ends (N−1)/(4M) nats from BoN "
-                  "at best; with --estimator shared 0 will do, for 256 other prompts get samples")
-    estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r); shared lets prompts learn "
-                          "from each other: a smaller M suffices", (*ESTIMATORS, "smooth", "shared"))
+    M: int = flag(None, "samples of π_ref per training prompt; with --estimator shared 0 will do")
+    estimator: str = flag(None, "estimator of log F; smooth fits −a·exp(−b·r), shared needs a smaller M, for "
+                          "prompts learn from each other", (*ESTIMATORS, "smooth", "shared"))
     beta: float = flag(None, "KL coefficient of rlhf; default 1/(N−1)")
 
     ref: str = flag(None, "reference model: a hub name or folder, any causal LM with a KV cache")
@@ -235,15 +233,14 @@ class Args:
     rollouts: int = flag(None, "responses per PPO phase")
     minibatch: int = flag(None, "responses per gradient step")
     ppo_epochs: int = flag(None, "passes over the responses of a phase")
-    critic_every: int = flag(None, "the critic is the reward of the text so far, read once in so many "
-                             "tokens; 0 for the paper's critic, a value head on the policy")
+    critic_every: int = flag(None, "tokens from one reading of the text so far by the critic to the next; 0: "
+                             "a value head is the critic, as in the paper")
     lam: float = flag(None, "λ of generalized advantage estimation")
     value_coef: float = flag(None, "weight of the value loss, used with --critic-every 0 only")
     lr: float = flag(None, "AdamW's learning rate")
     lr_schedule: str = flag("linear", "constant, or linear decay to zero", ("constant", "linear"))
     adam_eps: float = flag(None, "AdamW's ε")
-    token_step: float = flag(None, "share of the natural gradient's whole step that the bias of each token "
-                             "takes in a phase; 0 for no bias")
+    token_step: float = flag(None, "share of its natural gradient step that each token's bias takes; 0: none")
     unfrozen_layers: int = flag(None, "train the top K layers and share the rest with π_ref; −1 trains all")
 
     seed: int = flag(0, "seed of training and of the final test")
@@ -253,34 +250,15 @@ class Args:
     backend: str = flag("auto", "what samples π_ref: this script or vllm; auto: vllm with a GPU",
                         ("auto", "hand", "vllm"))
     sample_batch: int = flag(None, "responses of π_ref decoded at a time, which sets the memory of sampling")
-    samples: str = flag(None, "file of π_ref's samples, read and extended; default in samples/")
+    samples: str = flag("samples", "folder for π_ref's samples, which later runs read and extend")
     out: str = flag(None, "folder of this run; default runs/<task>-<objective>-…-seed<seed>")
     overwrite: bool = flag(False, "replace a finished run in --out")
     save_every: int = flag(25, "phases between checkpoints; 0 for none")
     resume: bool = flag(False, "go on from the last checkpoint in --out; it ends as if it had never stopped")
 
     def __post_init__(self):
-        self.started = time.perf_counter()
-        for name, value in self.recipes[self.task].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        check(self)
-        self.finish()
-        check_folder(self)
-
-    def finish(self):
-        """Sets what follows from other flags."""
-        need(self.minibatch <= self.rollouts <= self.episodes, "need --minibatch ≤ --rollouts ≤ --episodes, "
-             f"not {self.minibatch}, {self.rollouts}, {self.episodes}")
-        if self.beta is None and self.N > 1:
-            self.beta = 1 / (self.N - 1)
-        need(self.objective != "rlhf" or self.beta is not None, "--objective rlhf needs --beta, or N above 1")
-        need(self.objective != "bound1" or self.estimator != "log_mean", "--estimator log_mean may be −inf, "
-             "and bound1's rewards are not clipped: use another")
-        self.kl_coef, strength = 1 / self.N, f"N{self.N}-M{self.M}"
-        if self.objective == "rlhf":
-            self.kl_coef, strength = self.beta, f"beta{self.beta:g}"
-        self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
+        fill_in(self)  # the recipe's values; section 12
+        finish(self)
 
 
 # ========== 3. Sampling: decoding with a KV cache ===========================================================
@@ -361,9 +339,10 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
     prompt: a response depends on its own row alone, up to rounding. Each prompt is read once for all of its
     copies; rows leave the batch as soon as they end.
     """
+    from transformers import DynamicCache  # takes seconds: not for `import vbon`
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, attention = pad(prompts, eos, "left", device)
-    cache = roomy_cache(lm)
+    cache = DynamicCache(config=lm.config)
     logits, hidden, entered = forward(lm, ids, attention, 1, cache, K)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -470,12 +449,21 @@ def terminal_reward(scores, log_F, log_p, args):
     return reward.clamp(-limit, limit)
 
 
+def make_critic(policy, args):
+    """A value head, hidden states (B, T, H) -> (B, T, 1); with --critic-every the sums of `fit_values`."""
+    if args.critic_every:
+        return torch.zeros(math.ceil(args.max_new_tokens / args.critic_every), 4, 5, dtype=torch.double)
+    width = policy.get_output_embeddings().weight.shape[1]
+    head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
+    return head.to(policy.device)
+
+
 @torch.no_grad()
 def collect(policy, critic, task, prompts, ref_rewards, args, generator):
     """First half of a PPO phase: a response to each of B prompts, its reward, its advantages.
 
-    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: the value head, or with
-    --critic-every the holder of the sums of `fit_values`. Returns the Rollout and metrics.
+    ref_rewards (B, M): the rewards of π_ref's samples to each prompt. critic: see `make_critic`. Returns the
+    Rollout and metrics.
     """
     start, B, K = time.perf_counter(), len(prompts), args.unfrozen_layers
 
@@ -509,7 +497,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
         u = read_unfinished(task, prompts, rollout, ref_rewards, args.critic_every)
         # The values are zero so far, which makes these the rewards that are still to come.
         _, whole_returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=1.0)
-        values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic.sums)
+        values = fit_values(u, whole_returns.cpu().double(), mask.cpu(), args.critic_every, critic)
         rollout.values = values.to(rewards)
     advantages, returns = gae(rewards, rollout.values, mask, gamma=1.0, lam=args.lam)
     rollout.advantages, rollout.returns = whiten(advantages, mask), returns
@@ -521,7 +509,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
         "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
 
 
-def update(policy, critic, optimizer, rollout, args, generator):
+def update(policy, critic, counts, optimizer, rollout, args, generator):
     """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics.
 
     With --critic-every the values are constants here, and the value head gets no gradient.
@@ -551,7 +539,7 @@ def update(policy, critic, optimizer, rollout, args, generator):
     lr = optimizer.param_groups[0]["lr"]
     if args.token_step:  # this step shrinks as the learning rate does
         output, share = policy.get_output_embeddings(), args.token_step * lr / args.lr
-        step_token_bias(output, torch.cat(hidden_states), rollout, output.counts, share, args.kl_coef)
+        step_token_bias(output, torch.cat(hidden_states), rollout, counts, share, args.kl_coef)
     check_weights(optimizer)
     pg, vf, kl, clipped = torch.stack(losses).mean(0).tolist()
     return {"ppo/policy_loss": pg, "ppo/value_loss": vf, "ppo/kl_of_update": kl, "ppo/clip_fraction": clipped,
@@ -565,22 +553,24 @@ def train(args):
     """Algorithm 1, from the first sample to the last test. Returns what it writes to result.json."""
     task = setup(args)
     torch.manual_seed(args.seed)
-    policy, critic = make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    # `fit_values` and `step_token_bias` learn these tensors in place, without gradients.
-    critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
-    output = policy.get_output_embeddings()
-    learned = [critic.sums] + ([output.weight, output.counts] if args.token_step else [])
-    lock = take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
+    policy = make_policy(task.ref, args.unfrozen_layers, own_output=args.token_step > 0)
+    critic = make_critic(policy, args)
+    output = policy.get_output_embeddings().weight
+    counts = torch.zeros(len(output), dtype=torch.double)  # of every token, for `step_token_bias`
+    # What is learned by gradients, and what is updated in place without.
+    trained = [*policy.parameters()] + ([] if args.critic_every else [*critic.parameters()])
+    updated = ([critic] if args.critic_every else []) + ([output, counts] if args.token_step else [])
+    lock = open_run(args)  # noqa: F841, held until this function ends
 
     # The M samples of π_ref to every prompt are drawn once, stored, and used again by every run.
     clock = time.perf_counter()
     ref_rewards = reference_samples(task, args)
     result = {"seconds_sampling": round(time.perf_counter() - clock, 3)}
-    exact_world = open_run(args, task, ref_rewards)  # the toy's; None where nothing is known exactly
+    exact_world = ExactWorld(task, args, ref_rewards) if args.task == "toy" else None
 
-    optimizer = make_optimizer([*policy.parameters(), *critic.parameters()], args)
+    optimizer = make_optimizer(trained, args)
     generator = torch.Generator(args.device).manual_seed(args.seed + rank())
-    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, learned)
+    phases, done = args.episodes // args.rollouts, load_checkpoint(args, task, optimizer, generator, updated)
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
     with tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar:
         for phase in range(done, phases):
@@ -591,7 +581,7 @@ def train(args):
             prompt_rewards = torch.stack([ref_rewards["train", p] for p in prompts])
 
             rollout, metrics = collect(policy, critic, task, prompts, prompt_rewards, args, generator)
-            metrics |= update(policy, critic, optimizer, rollout, args, generator)
+            metrics |= update(policy, critic, counts, optimizer, rollout, args, generator)
             metrics["episode"] = (phase + 1) * args.rollouts
 
             if exact_world and is_milestone(phase, phases):
@@ -600,7 +590,7 @@ def train(args):
                 result |= exact
             log_metrics(args, metrics)
             if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                save_checkpoint(args, task, phase + 1, optimizer, generator, learned)
+                save_checkpoint(args, task, phase + 1, optimizer, generator, updated)
             shown = [key for key in ("reward", "kl_to_ref", "kl_to_bon") if "objective/" + key in metrics]
             bar.set_postfix({key: f"{metrics['objective/' + key]:.2f}" for key in shown}, refresh=False)
             bar.update(args.rollouts)
@@ -1324,8 +1314,8 @@ def reference_samples(task, args, keep_tokens=False):
     """The rewards of M samples of π_ref to every training prompt, and of test_M to every test prompt.
 
     Returns {(split, prompt): (M,) float64, ascending}; with keep_tokens {(split, prompt): (rewards as drawn,
-    lists of token ids, EOS included)}. What their file lacks is drawn and added to it. A prompt's samples
-    depend on --data-seed, the split and the prompt alone. With --estimator shared see `share_samples`.
+    lists of token ids, EOS included)}. What is not stored yet is drawn and stored. A prompt's samples depend
+    on --data-seed, the split and the prompt alone. With --estimator shared see `share_samples`.
     """
     needs_F = args.objective != "rlhf" or args.critic_every  # to train on
     share = args.estimator == "shared" and needs_F and not keep_tokens and task.train_prompts
@@ -1334,13 +1324,10 @@ def reference_samples(task, args, keep_tokens=False):
         wanted |= {("train", p): OTHERS[1] for p in task.other_prompts}
         wanted |= {("empty", p): 1 for _, p in wanted}  # the empty response: its reward is that of the prompt
     wanted |= {("test", p): args.test_M for p in task.test_prompts}
-    path, header = samples_file(task, args)
-    columns = ("rewards", "tokens") if keep_tokens else ("rewards",)
-    with take_lock(path + ".lock", wait=True):
-        gathered(None)  # the other processes go on once the first one has its turn
-        samples, size = read_samples(path, header, columns)
-        if draw_missing(task, args, wanted, samples, path, header, size):
-            samples, _ = read_samples(path, header, columns)
+    folder, columns = samples_folder(task, args), ("rewards", "tokens") if keep_tokens else ("rewards",)
+    samples = read_samples(folder, columns)
+    if draw_missing(task, args, wanted, samples, folder):
+        samples = read_samples(folder, columns)
     found = {key: torch.tensor(samples[key]["rewards"][:M], dtype=torch.double) for key, M in wanted.items()}
     if keep_tokens:
         return {key: (rewards, samples[key]["tokens"][:len(rewards)]) for key, rewards in found.items()}
@@ -1364,23 +1351,41 @@ def share_samples(ref_rewards, Q=1000):
     return ref_rewards | shared
 
 
-def samples_file(task, args):
-    """The path of the file of samples, and its header: all that the samples depend on."""
-    header = {"vbon_samples": 4, "task": args.task, "ref": task.ref_id, "reward": task.reward_id,
-              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-              "backend": args.backend, "data_seed": args.data_seed}
-    digest = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
-    return args.samples or f"samples/{args.task}-{digest}.jsonl", header
+def samples_folder(task, args):
+    """Where the samples are stored. Its name is a hash of all that they depend on, which header.json tells:
+    other models or settings have another folder."""
+    header = {"ref": task.ref_id, "reward": task.reward_id, "temperature": args.temperature,
+              "max_new_tokens": args.max_new_tokens, "dtype": args.dtype, "backend": args.backend,
+              "data_seed": args.data_seed}
+    text = json.dumps(header, indent=2) + "\n"
+    folder = f"{args.samples}/{args.task}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    write_whole(f"{folder}/header.json", text)
+    return folder
 
 
-def draw_missing(task, args, wanted, samples, path, header, size):
-    """Draws and scores what is missing, and adds it to the file. Returns whether anything was. Batches are
-    written whole, for rounding differs between shapes: a killed run's file ends with the same bytes."""
+def read_samples(folder, columns=("rewards",)):
+    """{(split, prompt): {column: the samples in order}} of a folder. Raises UserError for a damaged file."""
+    samples = collections.defaultdict(lambda: {name: [] for name in columns})
+    for path in sorted(Path(folder).glob("*-*.json")):
+        with reading(f"{path} is damaged, remove it"):
+            batch = json.loads(path.read_text("utf-8"))
+            for prompt, *drawn in zip(batch["prompts"], *(batch[name] for name in columns), strict=True):
+                known = samples[batch["split"], prompt]
+                # Two runs at once may have drawn the same samples.
+                new = len(known[columns[0]]) - batch["start"]
+                for name, x in zip(columns, drawn):
+                    known[name] += x[new:] if new >= 0 else []
+    return samples
+
+
+def draw_missing(task, args, wanted, samples, folder):
+    """Draws and scores what is missing, and stores each batch whole: a killed run's batches are drawn again as
+    they were, for rounding differs between shapes. Returns whether anything was missing."""
     have, order = {key: len(samples[key]["rewards"]) for key in wanted}, ("train", "test", "empty").index
     missing = sorted((key for key in wanted if have[key] < wanted[key]),
                      key=lambda key: (order(key[0]), have[key], len(task.encode(key[1])), key))
     if not missing:
-        print(f"π_ref's samples: read from {path}")
+        print(f"π_ref's samples: read from {folder}")
         return False
     by_vllm, batches = args.backend == "vllm", []
     for (split, start), keys in itertools.groupby(missing, lambda key: (key[0], have[key])):
@@ -1393,18 +1398,20 @@ def draw_missing(task, args, wanted, samples, path, header, size):
           "--M or --train-prompts takes fewer")
     by_hand = functools.partial(sample_by_hand, task, args)
     sampler = vllm_sampler(task, args) if by_vllm else nullcontext(by_hand)
-    with sampler as sample, tqdm(total=total, desc=f"π_ref's samples -> {path}") as bar:
+    with sampler as sample, tqdm(total=total, desc=f"π_ref's samples -> {folder}") as bar:
         for i in range(0, len(batches), processes()):  # of several processes each draws a batch
             mine = batches[i + rank():i + rank() + 1]
-            for line in filter(None, gathered(draw_line(task, args, sample, *mine[0]) if mine else None)):
-                size = write_line(path, header, line, size)
-                bar.update(sum(map(len, line["rewards"])))
-    gathered(None)  # the last line is written
+            for batch in filter(None, gathered(draw_batch(task, args, sample, *mine[0]) if mine else None)):
+                name = hashlib.sha256(json.dumps(batch["tokens"]).encode()).hexdigest()[:12]
+                write_whole(f"{folder}/{batch['split']}-{batch['start']:06}-{name}.json",
+                            json.dumps(batch, ensure_ascii=False))
+                bar.update(sum(map(len, batch["rewards"])))
+    gathered(None)  # the last batch is written
     return True
 
 
-def draw_line(task, args, sample, split, prompts, start, M):
-    """Responses number start … M−1 to each of the prompts, scored: a line of the file."""
+def draw_batch(task, args, sample, split, prompts, start, M):
+    """Responses number start … M−1 to each of the prompts, scored: what a file of the folder holds."""
     ids, n = [task.encode(p) for p in prompts], M - start
     hashes = [hashlib.sha256(f"{args.data_seed} {split} {p}".encode()).digest() for p in prompts]
     seeds = [int.from_bytes(digest[:8], "big") for digest in hashes]
@@ -1451,63 +1458,15 @@ def vllm_sampler(task, args):
         llm.llm_engine.engine_core.shutdown()
 
 
-def read_samples(path, header, columns=("rewards",)):
-    """{(split, prompt): {column: a list of samples}} of a file, and the bytes of its whole lines: a kill may
-    have torn the last. Raises UserError where other models or settings made it, or a line is damaged."""
-    samples = collections.defaultdict(lambda: {name: [] for name in columns})
-    if not os.path.exists(path):
-        return samples, 0
-    with open(path, "rb") as file:
-        first = file.readline()
-        if json.dumps(header).encode().startswith(first):  # an empty file, or one torn in its header
-            return samples, 0
-        with reading(f"{path} is not a file of samples (pass another with --samples)"):
-            made = json.loads(first)
-            for key, value in header.items():
-                need(made.get(key) == value, f"{path} was made with {key} = {made.get(key)!r}, this run has "
-                     f"{value!r}: pass another file with --samples, or remove it")
-        size = len(first)
-        for number, line in enumerate(file, 2):
-            if not line.endswith(b"\n"):
-                break
-            with reading(f"{path}, line {number} is damaged (remove the file, or the line and all after)"):
-                add_line(json.loads(line), samples, columns)
-            size += len(line)
-    return samples, size
-
-
-def add_line(line, samples, columns):
-    """Adds a line of the file to the samples. Raises ValueError where it does not fit."""
-    names = ("rewards", "tokens", "responses")
-    for prompt, *new in zip(line["prompts"], *(line[name] for name in names), strict=True):
-        known, new = samples[line["split"], prompt], dict(zip(names, new))
-        follows = len(known["rewards"]) == line["start"] and len(set(map(len, new.values()))) == 1
-        finite = all(type(r) in (int, float) and math.isfinite(r) for r in new["rewards"])
-        if not (follows and finite and all(type(token) is int for row in new["tokens"] for token in row)):
-            raise ValueError("it does not follow the lines before it, or what should be a number is none")
-        for name in columns:
-            known[name] += new[name]
-
-
-def write_line(path, header, line, size):
-    """Writes a line, or header and line, behind the first `size` bytes of the file. Returns the new size."""
-    if rank() == 0:
-        start = b"" if size else json.dumps(header).encode() + b"\n"
-        with open(path, "ab") as file:
-            file.seek(file.truncate(size))  # without a line that a killed run left unfinished
-            file.write(start + json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            return file.tell()
-
-
 # ========== 11. What makes it fast ==========================================================================
 # bench/README.md has the gain of each piece: the layers that policy and π_ref share run once; the loss needs
-# the log-prob of one token in V; the KV cache has room to grow; GELU takes one pass over memory. Decoding, in
-# section 3, reads a prompt once for all its samples and keeps log-probs, values and trunk of every token.
+# the log-prob of one token in V; GELU takes one pass over memory. Decoding, in section 3, reads a prompt once
+# for all its samples and keeps log-probs, values and trunk of every token.
 
 
 def make_policy(ref, K, own_output=False):
-    """π_θ, a copy of π_ref, and its value head. With K ≥ 1 only the top K layers and what stands behind them
-    (the final norm) are trained; every other tensor is frozen and shared with π_ref. K = −1 trains all."""
+    """π_θ, a copy of π_ref. With K ≥ 1 only the top K layers and what stands behind them (the final norm) are
+    trained; every other tensor is frozen and shared with π_ref. K = −1 trains all."""
     ref.requires_grad_(False)
     shared = {}
     if K != -1:
@@ -1518,14 +1477,11 @@ def make_policy(ref, K, own_output=False):
     policy = copy.deepcopy(ref, dict(shared))  # deepcopy leaves alone what its memo already holds
     for p in policy.parameters():
         p.requires_grad_(id(p) not in shared)
-    output = policy.get_output_embeddings()
     if own_output:  # for `step_token_bias`: not shared with the embeddings, or with π_ref
+        output = policy.get_output_embeddings()
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=K == -1)
-        output.counts = torch.zeros(len(output.weight), dtype=torch.double)
         policy.config.tie_word_embeddings = False
-    width = output.weight.shape[1]
-    value_head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1))
-    return policy, value_head.to(ref.device)
+    return policy
 
 
 def transformer_layers(lm, K=1):
@@ -1580,32 +1536,6 @@ class TakenLogProb(torch.autograd.Function):
 def token_log_probs(logits, tokens, temperature=1.0):
     """log π of the tokens that were taken: logits (B, T, V), tokens (B, T) -> (B, T), nats."""
     return TakenLogProb.apply(at_temperature(logits, temperature), tokens)
-
-
-def roomy_cache(lm):
-    """transformers' KV cache, with room to grow: the library copies a layer whole for every new token."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer  # takes seconds: not for `import vbon`
-    room = 24
-
-    class RoomyLayer(DynamicLayer):
-        buffers = None  # self.keys and self.values are the first part of these, until rows are picked
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            start, new = self.get_seq_length(), key_states.shape[2]
-            if start == 0:
-                return super().update(key_states, value_states)
-            known = self.keys, self.values
-            fits = self.buffers is not None and start + new <= self.buffers[0].shape[2]
-            if not fits or self.buffers[0].data_ptr() != self.keys.data_ptr():
-                self.buffers = [nn.functional.pad(x, (0, 0, 0, new + room)) for x in known]
-            for buffer, x in zip(self.buffers, (key_states, value_states)):
-                buffer[:, :, start:start + new] = x
-            self.keys, self.values = (buffer[:, :, :start + new] for buffer in self.buffers)
-            return self.keys, self.values
-    cache = DynamicCache(config=lm.config)
-    # Sliding windows and the like stay what the library makes them.
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def with_fused_gelu(model):
@@ -1721,7 +1651,8 @@ def is_milestone(step, steps):
     return (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps
 
 
-PLACES = ("out", "device", "overwrite", "save_every", "resume", "sample_batch")  # --resume may change these
+# What --resume may change.
+PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "sample_batch")
 
 
 def check_folder(args):
@@ -1736,26 +1667,16 @@ def check_folder(args):
                      f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
 
 
-def take_lock(path, wait):
-    """Takes a lock, in the first process for all, until what is returned is left (`with`) or forgotten."""
-    from filelock import FileLock, Timeout
-    if rank() > 0:
-        return nullcontext()
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout:
-        need(wait, f"{os.path.dirname(path)} is being written by another run: wait, or pass another --out")
-    print(f"{path} is held by another run: waiting for it", flush=True)
-    return FileLock(path).acquire()
-
-
-def open_run(args, task, ref_rewards=None):
-    """Clears the folder of an earlier run. Returns the toy's exact world, else None."""
+def open_run(args):
+    """Clears --out of an earlier run. Returns a lock on it, which its writer holds until it ends."""
+    from filelock import FileLock
+    os.makedirs(args.out, exist_ok=True)
+    with reading(f"{args.out} is being written by another run, wait or pass another --out"):
+        lock = FileLock(f"{args.out}/.lock").acquire(timeout=0) if rank() == 0 else None
     for name in ["result.json"] if args.resume else ["result.json", "checkpoint.pt"]:
         Path(args.out, name).unlink(missing_ok=True)
     write_whole(f"{args.out}/config.json", json.dumps(asdict(args), indent=2) + "\n")
-    return ExactWorld(task, args, ref_rewards) if args.task == "toy" else None
+    return lock
 
 
 def log_metrics(args, metrics):
@@ -1768,6 +1689,7 @@ def log_metrics(args, metrics):
 def write_whole(path, text):
     """Writes a file under a temporary name, then renames: it is there whole or not at all."""
     if rank() == 0:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         Path(path + ".tmp").write_text(text, encoding="utf-8")
         os.replace(path + ".tmp", path)
 
@@ -1809,12 +1731,12 @@ def save_results(args, task, exact_world, metrics, samples, policy=None):
     return result
 
 
-def save_checkpoint(args, task, done, optimizer, generator, learned):
+def save_checkpoint(args, task, done, optimizer, generator, updated):
     """All that a run needs to go on after `done` phases: weights, their moments, the other tensors that are
     learned, the random generator of each process, metrics. The rest follows from the seed."""
     generators = gathered(generator.get_state())
     if rank() == 0:
-        weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *learned)]
+        weights = [p.detach() for p in (*optimizer.param_groups[0]["params"], *updated)]
         metrics = Path(args.out, "metrics.jsonl").read_text("utf-8")
         state = {"done": done, "ref": task.ref_id, "weights": weights, "optimizer": optimizer.state_dict(),
                  "generators": generators, "metrics": metrics}
@@ -1822,7 +1744,7 @@ def save_checkpoint(args, task, done, optimizer, generator, learned):
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
-def load_checkpoint(args, task, optimizer, generator, learned):
+def load_checkpoint(args, task, optimizer, generator, updated):
     """Goes back to the last checkpoint, and its metrics. Returns how many phases were done."""
     path, state = f"{args.out}/checkpoint.pt", {"done": 0, "metrics": ""}
     if args.resume and os.path.exists(path):
@@ -1831,7 +1753,7 @@ def load_checkpoint(args, task, optimizer, generator, learned):
             made_by = len(state["generators"])
             need(state["ref"] == task.ref_id, f"--resume: {path} was made from another --ref")
             need(made_by == processes(), f"--resume: {path} was made by {made_by} processes")
-            weights = (*optimizer.param_groups[0]["params"], *learned)
+            weights = (*optimizer.param_groups[0]["params"], *updated)
             for p, saved in zip(weights, state["weights"], strict=True):
                 p.data.copy_(saved)
             optimizer.load_state_dict(state["optimizer"])
@@ -1851,6 +1773,31 @@ def need(condition, message):
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def fill_in(args):
+    """Gives every flag that was not set its value by the task's recipe. Raises UserError for bad values."""
+    args.started = time.perf_counter()
+    for name, value in args.recipes[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+
+
+def finish(args):
+    """Sets what follows from other flags."""
+    need(args.minibatch <= args.rollouts <= args.episodes, "need --minibatch ≤ --rollouts ≤ --episodes, "
+         f"not {args.minibatch}, {args.rollouts}, {args.episodes}")
+    if args.beta is None and args.N > 1:
+        args.beta = 1 / (args.N - 1)
+    need(args.objective != "rlhf" or args.beta is not None, "--objective rlhf needs --beta, or N above 1")
+    need(args.objective != "bound1" or args.estimator != "log_mean", "--estimator log_mean may be −inf, "
+         "and bound1's rewards are not clipped: use another")
+    args.kl_coef, strength = 1 / args.N, f"N{args.N}-M{args.M}"
+    if args.objective == "rlhf":
+        args.kl_coef, strength = args.beta, f"beta{args.beta:g}"
+    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
+    check_folder(args)
 
 
 def check(args):

@@ -104,7 +104,7 @@ def flags_of(options, folder, shape=None):
              "minibatch": min(32, options.rollouts), "ppo-epochs": 4,
              "critic-every": 0, "token-step": 0,  # the paper's PPO
              "episodes": 1_000_000, "out": f"{folder}/run",
-             "samples": f"{folder}/samples.jsonl"}
+             "samples": f"{folder}/samples"}
     return [text for name, value in flags.items() for text in ("--" + name, str(value))]
 
 
@@ -152,12 +152,14 @@ def learner(flags, M=200):
     args = vbon.parse_args([*flags, "--M", str(M)])
     task = vbon.setup(args)
     torch.manual_seed(0)
-    policy, critic = vbon.make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    critic.sums = torch.zeros(math.ceil(args.max_new_tokens / (args.critic_every or 1)), 4, 5).double()
+    policy = vbon.make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
+    critic = vbon.make_critic(policy, args)
+    counts = torch.zeros(len(policy.get_output_embeddings().weight), dtype=torch.double)
+    trained = [*policy.parameters()] + ([] if args.critic_every else [*critic.parameters()])
     return SimpleNamespace(
-        args=args, task=task, policy=policy, critic=critic,
+        args=args, task=task, policy=policy, critic=critic, counts=counts,
         ref_rewards={p: torch.rand(M, dtype=torch.double).sort().values for p in task.train_prompts},
-        optimizer=vbon.make_optimizer([*policy.parameters(), *critic.parameters()], args),
+        optimizer=vbon.make_optimizer(trained, args),
         generator=torch.Generator(args.device), stream=vbon.shuffled(task.train_prompts, 0))
 
 
@@ -168,7 +170,7 @@ def phase(l, prompts=None, **changed):
     ref_rewards = torch.stack([l.ref_rewards[p] for p in prompts])
     start, busy = clock(l.args.device), time.process_time()
     rollout, metrics = vbon.collect(l.policy, l.critic, l.task, prompts, ref_rewards, l.args, l.generator)
-    metrics |= vbon.update(l.policy, l.critic, l.optimizer, rollout, l.args, l.generator)
+    metrics |= vbon.update(l.policy, l.critic, l.counts, l.optimizer, rollout, l.args, l.generator)
     return metrics | {"seconds": clock(l.args.device) - start, "processor": time.process_time() - busy}
 
 

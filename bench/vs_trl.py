@@ -208,9 +208,9 @@ def train(kind, settings, flags):
         vbon.update = lambda *inputs: update(*inputs) | {"time/processor": time.process_time() - busy[0]}
         return vbon.train(args)
     task, phases = vbon.setup(args), args.episodes // args.rollouts
-    lock = vbon.take_lock(f"{args.out}/.lock", wait=False)  # noqa: F841, held until this function ends
-    ref_rewards = vbon.reference_samples(task, args)
-    exact_world, policy = vbon.open_run(args, task, ref_rewards), vbon.make_policy(task.ref, -1)[0]
+    lock = vbon.open_run(args)  # noqa: F841, held until this function ends
+    ref_rewards, policy = vbon.reference_samples(task, args), vbon.make_policy(task.ref, -1)
+    exact_world = vbon.ExactWorld(task, args, ref_rewards) if args.task == "toy" else None
 
     def at_phase(trainer, numbers):
         if numbers:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""How many samples F needs, from a file of π_ref's samples (Table 1), and what log F̂ looks like (Figure 3).
+"""How many samples F needs, from a folder of π_ref's samples (Table 1), and what log F̂ looks like (Figure 3).
 
-    python results/log_F.py samples/imdb-….jsonl              # a file with 600 samples to a prompt
-    python results/log_F.py samples/imdb-….jsonl figures      # … and figures/log_F.png
+    python results/log_F.py samples/imdb-…                    # a folder with 600 samples to a prompt
+    python results/log_F.py samples/imdb-… figures            # … and figures/log_F.png
 """
 import math
 import sys
@@ -30,7 +30,7 @@ def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
 
     The M are among the 600, as in the paper: were they others, a test at 5 % would reject 5 % at every M.
     """
-    samples, _ = vbon.read_samples(path, {"vbon_samples": 4})  # whatever made them
+    samples = vbon.read_samples(path)
     drawn = [(prompt, torch.tensor(known["rewards"][:most], dtype=torch.double))
              for (_, prompt), known in samples.items() if len(known["rewards"]) >= most]
     vbon.need(drawn, f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
@@ -63,7 +63,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     def run():
-        vbon.need(len(argv) in (1, 2), "name a file of samples, and a folder if you want the figure")
+        vbon.need(len(argv) in (1, 2), "name a folder of samples, and one if you want the figure")
         samples_needed(argv[0], argv[1] if argv[1:] else None)
     return vbon.run_script("log_F.py", run)
 
