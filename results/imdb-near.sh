@@ -48,6 +48,5 @@ shopt -s nullglob
 python evaluate.py $out/* sweeps/bond-imdb/* --figures figures/imdb-near --csv results/imdb-near.csv |
     tee results/imdb-near.txt
 python evaluate.py $out/vbon-* $out/rlhf-* --figures figures/imdb-near --curves
-# imdb-near-judge.* so far has one or two of the three seeds, and vBoN for N = 16 with M = 32 shared.
-python evaluate.py $out/vbon-seed* $out/vbon-N* $out/rlhf-beta* $out/bound-* $out/bon-sft-* $out/bonbon-* \
+python evaluate.py $out/vbon-seed* $out/vbon-N* $out/rlhf-beta* $out/{bound,dpo,bon-sft,bonbon}-* \
     --reward "$OTHER_REWARD" --csv results/imdb-near-judge.csv | tee results/imdb-near-judge.txt
