@@ -294,7 +294,9 @@ def train(args):
         for phase in range(done, phases):
             start, history = time.perf_counter(), []
             for row in range(0, args.rollouts, args.minibatch):
-                vbon.set_learning_rate(optimizer, args, (phase + row / args.rollouts) / phases)
+                progress = (phase + row / args.rollouts) / phases
+                decayed = 1 - progress if args.lr_schedule == "linear" else 1
+                optimizer.param_groups[0]["lr"] = args.lr * decayed
                 batch = list(itertools.islice(examples, min(args.minibatch, args.rollouts - row)))
                 loss, log_ratio = (on_policy_loss(policy, anchor, task, batch, args, generator) if bond else
                                    pair_loss(policy, task, batch, args))

@@ -341,7 +341,7 @@ def test_exponential_fit_is_least_squares_up_to_the_steps_of_its_grid():
         fits = -(e @ levels / e.square().sum(1)).unsqueeze(1) * e  # a in closed form
         best = (fits + levels).square().sum(1).argmin()
         assert b[i].item() == pytest.approx(grid[best].item(), rel=0.03)
-        assert (vbon.smooth_log_F(row, a[i], b[i]) + fits[best]).square().mean().sqrt() < 0.03
+        assert (fits[best] - a[i] * torch.exp(-b[i] * row)).square().mean().sqrt() < 0.03
     assert b[4].item() == pytest.approx(1.3, rel=0.03) and a[4].item() == pytest.approx(0.7, rel=0.03)
     assert all(x.isfinite() for x in vbon.fit_log_F(torch.ones(5)))
     for bad in ([1.0, 2.0], [1.0, 2.0, math.inf]):
@@ -353,7 +353,8 @@ def test_the_smoothed_estimate_does_not_depend_on_where_zero_is():
     scores, ref = (torch.randn(shape, generator=seeded()).double() for shape in (7, (7, 50)))
     args = vbon.Args(estimator="smooth", out="unused")
     found = vbon.log_F_of(scores, ref, args)
-    close(found, vbon.smooth_log_F(scores, *vbon.fit_log_F(ref)), atol=1e-9)
+    a, b = vbon.fit_log_F(ref)
+    close(found, -a * torch.exp(-b * scores), atol=1e-9)
     close(found, vbon.log_F_of(scores + 1e4, ref + 1e4, args), atol=1e-6)  # where exp(b·r) would overflow
 
 
@@ -679,6 +680,8 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
         assert together == prompt + response[:len(together) - len(prompt)]
     assert (rollout.log_probs[~rollout.mask] == 0).all() and (rollout.values[~rollout.mask] == 0).all()
     vbon.check_sampler(lm, eos, types.SimpleNamespace(ref=kind, device="cpu", unfrozen_layers=2))
+    if kind != "Mistral":  # whose cache of a window stays what the library makes it
+        assert type(vbon.roomy_cache(lm).layers[0]).__name__ == "RoomyLayer"
 
 
 @pytest.mark.parametrize("kind, settings", [
@@ -891,7 +894,7 @@ def test_what_training_aims_at_is_the_optimum(toy, objective):
     """E[reward] − c·KL(π ‖ π_ref) is highest there; its distance from π_bon is the price of the estimate."""
     args = toy_args(objective=objective, N=4)
     world, generator = vbon.ExactWorld(toy[0], args), np.random.default_rng(0)
-    M = 100_000
+    M = 20_000
     ref_rewards = {("train", p): world.rewards[torch.from_numpy(generator.choice(
         len(row), M, p=row.softmax(0).numpy()))] for p, row in zip(world.prompts, world.log_ref)}
     log_F = torch.stack([vbon.log_F_of(world.rewards, ref_rewards["train", p], args) for p in world.prompts])
@@ -1190,8 +1193,8 @@ def edit(path, change):
 
 def test_the_fused_gelu_is_gpt2s_own(pieces):
     from transformers import AutoModelForCausalLM
-    theirs, ours = (AutoModelForCausalLM.from_pretrained(pieces / "ref") for _ in range(2))
-    ours = vbon.with_fused_gelu(ours)
+    theirs = AutoModelForCausalLM.from_pretrained(pieces / "ref")
+    ours, _ = vbon.load("ref", AutoModelForCausalLM, str(pieces / "ref"), "cpu")
     names = [[type(m).__name__ for m in lm.modules()] for lm in (theirs, ours)]
     assert names[0].count("NewGELUActivation") == names[1].count("GELU") == 2
     assert "NewGELUActivation" not in names[1]
@@ -1298,7 +1301,7 @@ def test_bad_pieces(pieces, tmp_path, monkeypatch):
             (dict(reward="three/reward"), ["3 labels"]), (dict(ref="no_eos/ref"), ["EOS"]),
             *(({what: f"{name}/{what}"}, [f"--{what} {name}/{what}"])
               for name in ("cut", "shape", "bare", "wordy") for what in ("ref", "reward")),
-            (dict(ref=pieces), ["--ref"]), (dict(ref="./none"), ["no such folder"]),
+            (dict(ref=pieces), ["--ref"]), (dict(ref="./none"), ["--ref ./none"]),
             (dict(dataset="no/such-data"), ["no/such-data", "--dataset"]),
             (dict(dataset="missing.jsonl"), ["missing.jsonl"]), (dict(dataset="empty.jsonl"), ["--dataset"]),
             (dict(dataset="broken.jsonl"), ["--dataset"]), (dict(dataset="utf16.jsonl"), ["--dataset"]),
@@ -1555,17 +1558,20 @@ os.replace = killed"""
     assert process.returncode == -9 and len(batches(tmp_path / "killed")) == 2
     succeeded(call(*argv, "--samples", tmp_path / "killed", "--out", tmp_path / "b"))
     assert files(tmp_path / "killed").items() >= files(tmp_path / "whole").items()
-    assert batches(tmp_path / "killed") == batches(tmp_path / "whole") and len(batches(tmp_path / "whole")) > 4
+    assert batches(tmp_path / "killed") == batches(tmp_path / "whole")
+    assert len(batches(tmp_path / "whole")) > 4
 
 
 def test_runs_that_draw_the_same_samples_at_once(pieces, tmp_path):
     argv = flags(own(pieces), M=100, train_prompts=16, samples="samples")
-    path = launcher(tmp_path / "slow.py", "draw_batch = vbon.draw_batch\n"
-                    "vbon.draw_batch = lambda *args: time.sleep(0.2) or draw_batch(*args)")
+    # Each one writes a file while the other one has begun to write the same.
+    path = launcher(tmp_path / "slow.py", "replace = os.replace\n"
+                    "os.replace = lambda *names: time.sleep(0.5) or replace(*names)")
     runs = [start(path, *argv, "--out", f"run{i}", cwd=tmp_path) for i in range(2)]
     outputs = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    keys = [(batch["split"], prompt) for batch in batches(tmp_path / "samples") for prompt in batch["prompts"]]
+    stored = batches(tmp_path / "samples")
+    keys = [(batch["split"], prompt) for batch in stored for prompt in batch["prompts"]]
     assert len(keys) == len(set(keys)) == 18
     assert metrics_of(tmp_path / "run0") == metrics_of(tmp_path / "run1")
     assert "read from" in succeeded(command(*argv, "--out", "c", cwd=tmp_path)).stdout

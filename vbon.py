@@ -21,11 +21,8 @@ Algorithm 1:
             reward: (log π_bon(y) − log π_ref(y))/N at the end, −(log π_θ − log π_ref)/N on every token
             GAE, whitened advantages, clipped losses, a few epochs
 
-Sections 1 to 5 are that algorithm: mathematics, settings, sampling, PPO, the training loop. Then come 6 what
-goes beyond it, 7 the test of a policy, 8 the toy, 9 tasks with real models, 10 π_ref's samples, 11 what makes
-it fast, 12 processes, files and the command line. The mathematics and the losses are pure functions of
-tensors, to copy out. What the first five call from further down does what its name says; a `Task` holds
-π_ref, reward and prompts.
+Sections 1 to 5 are that algorithm; what they call from further down does what its name says, and a `Task`
+holds π_ref, reward and prompts. The mathematics and the losses are pure functions of tensors, to copy out.
 
 Left out on purpose: LoRA and sharding, which need a framework (--unfrozen-layers saves memory instead); an
 adaptive KL coefficient and an entropy bonus, for the objective says what they are; a second model for the
@@ -119,13 +116,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
         raise ValueError("estimate_log_F needs at least one reference reward per prompt (M ≥ 1)")
     if rewards.isnan().any() or ref_rewards.isnan().any():
         raise ValueError("a reward is NaN: it has no rank")
-    ref_rewards = ref_rewards.sort(-1).values
-    if ref_rewards.ndim == 1:
-        k = torch.searchsorted(ref_rewards, rewards.contiguous()).double()
-    else:
-        shape = torch.broadcast_shapes(rewards.shape, ref_rewards.shape[:-1])
-        rows, values = ref_rewards.expand(*shape, M), rewards.expand(shape).unsqueeze(-1)
-        k = torch.searchsorted(rows.contiguous(), values.contiguous()).squeeze(-1).double()
+    k = (ref_rewards < rewards.unsqueeze(-1)).sum(-1).double()
     if estimator == "log_mean":
         return torch.log(k / M)
     if estimator == "add_one":
@@ -339,10 +330,9 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None, K=-1):
     prompt: a response depends on its own row alone, up to rounding. Each prompt is read once for all of its
     copies; rows leave the batch as soon as they end.
     """
-    from transformers import DynamicCache  # takes seconds: not for `import vbon`
     device, (B, T), copies = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
     ids, attention = pad(prompts, eos, "left", device)
-    cache = DynamicCache(config=lm.config)
+    cache = roomy_cache(lm)
     logits, hidden, entered = forward(lm, ids, attention, 1, cache, K)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -437,7 +427,8 @@ def log_F_of(scores, ref_rewards, args):
     if args.estimator == "smooth":
         # The fit is the same wherever 0 is; about the mean nothing overflows.
         centre = ref_rewards.mean(-1, keepdim=True)
-        return smooth_log_F(scores - centre.squeeze(-1), *fit_log_F(ref_rewards - centre))
+        a, b = fit_log_F(ref_rewards - centre)
+        return -a * torch.exp(-b * (scores - centre.squeeze(-1)))
     # With "shared", `share_samples` has put quantiles of what all prompts tell in the place of the rewards.
     return estimate_log_F(scores, ref_rewards, "add_one" if args.estimator == "shared" else args.estimator)
 
@@ -510,10 +501,7 @@ def collect(policy, critic, task, prompts, ref_rewards, args, generator):
 
 
 def update(policy, critic, counts, optimizer, rollout, args, generator):
-    """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics.
-
-    With --critic-every the values are constants here, and the value head gets no gradient.
-    """
+    """Second half of a PPO phase: ppo_epochs passes of clipped gradient steps. Returns metrics."""
     start, losses, K = time.perf_counter(), [], args.unfrozen_layers
     for _ in range(args.ppo_epochs):
         hidden_states = []
@@ -522,6 +510,7 @@ def update(policy, critic, counts, optimizer, rollout, args, generator):
             batch = rollout[rows]
             with autocast(args):
                 log_probs, hidden, _ = response_log_probs(policy, batch, args.temperature, K)
+                # With --critic-every the values are constants, and so is their loss.
                 values = batch.values if args.critic_every else critic(hidden).squeeze(-1).float()
             pg = policy_loss(log_probs, batch.log_probs, batch.advantages, batch.mask, CLIP)
             vf = value_loss(values, batch.values, batch.returns, batch.mask, CLIP)
@@ -574,7 +563,8 @@ def train(args):
     prompt_stream = itertools.islice(shuffled(task.train_prompts, args.seed), done * args.rollouts, None)
     with tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc="PPO", unit="ep") as bar:
         for phase in range(done, phases):
-            set_learning_rate(optimizer, args, phase / phases)
+            decayed = 1 - phase / phases if args.lr_schedule == "linear" else 1
+            optimizer.param_groups[0]["lr"] = args.lr * decayed
 
             # Of several processes each takes its share of the prompts.
             prompts = list(itertools.islice(prompt_stream, args.rollouts))[rank()::processes()]
@@ -706,11 +696,6 @@ def fit_log_F(ref_rewards):
     if not a.isfinite().all():
         raise ValueError("a = exp(b·r) overflows, for the rewards lie far from 0: subtract their mean first")
     return a.squeeze(-1), b.squeeze(-1)
-
-
-def smooth_log_F(rewards, a, b):
-    """The curve that `fit_log_F` found: log F ≈ −a·exp(−b·r), in nats. All broadcast."""
-    return -a * torch.exp(-b * torch.as_tensor(rewards))
 
 
 def shared_log_F(ref_rewards, features=None):
@@ -1161,8 +1146,6 @@ def decode(task, prompts, responses):
 def load(what, loader, name, device):
     """The model and the tokenizer of a hub name or folder."""
     from transformers import AutoTokenizer
-    of_the_hub = name.count("/") < 2 and not name.startswith(("/", ".", "~"))
-    need(of_the_hub or os.path.isdir(name), f"--{what} {name}: there is no such folder")
     with reading(f"cannot load --{what} {name} (hub name or folder: config.json, tokenizer.json, weights)"):
         model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -1173,7 +1156,10 @@ def load(what, loader, name, device):
     fits = len(words) > len(tokenizer.all_special_tokens) and max(words.values()) < embeddings
     need(fits, f"--{what} {name}: its tokenizer of {len(words)} tokens does not go with its {embeddings} "
          "embeddings, is tokenizer.json missing?")
-    return with_fused_gelu(model).to(device).eval(), tokenizer
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "NewGELUActivation":  # GPT-2's GELU: the same in one pass over memory
+            model.set_submodule(path, nn.GELU("tanh"))
+    return model.to(device).eval(), tokenizer
 
 
 @torch.no_grad()
@@ -1379,8 +1365,8 @@ def read_samples(folder, columns=("rewards",)):
 
 
 def draw_missing(task, args, wanted, samples, folder):
-    """Draws and scores what is missing, and stores each batch whole: a killed run's batches are drawn again as
-    they were, for rounding differs between shapes. Returns whether anything was missing."""
+    """Draws and scores what is missing, and stores each batch whole: what a killed run lacks is drawn as it
+    would have been, for rounding differs between shapes. Returns whether anything was missing."""
     have, order = {key: len(samples[key]["rewards"]) for key in wanted}, ("train", "test", "empty").index
     missing = sorted((key for key in wanted if have[key] < wanted[key]),
                      key=lambda key: (order(key[0]), have[key], len(task.encode(key[1])), key))
@@ -1460,8 +1446,8 @@ def vllm_sampler(task, args):
 
 # ========== 11. What makes it fast ==========================================================================
 # bench/README.md has the gain of each piece: the layers that policy and π_ref share run once; the loss needs
-# the log-prob of one token in V; GELU takes one pass over memory. Decoding, in section 3, reads a prompt once
-# for all its samples and keeps log-probs, values and trunk of every token.
+# the log-prob of one token in V; the KV cache has room to grow. Decoding, in section 3, reads a prompt once
+# for all its samples and keeps log-probs, values and trunk of every token. `load` has a faster GELU for GPT-2.
 
 
 def make_policy(ref, K, own_output=False):
@@ -1538,14 +1524,30 @@ def token_log_probs(logits, tokens, temperature=1.0):
     return TakenLogProb.apply(at_temperature(logits, temperature), tokens)
 
 
-def with_fused_gelu(model):
-    """GPT-2's GELU in one pass over memory. transformers writes it as eight elementwise operations, each
-    of which reads and writes the whole tensor and, in training, keeps it."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":  # ½x(1 + tanh(√(2/π)(x + 0.044715x³))): the same
-                setattr(module, name, nn.GELU("tanh"))
-    return model
+def roomy_cache(lm):
+    """transformers' KV cache, with room to grow: the library copies a layer whole for every new token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer  # takes seconds: not for `import vbon`
+    room = 24
+
+    class RoomyLayer(DynamicLayer):
+        buffers = None  # self.keys and self.values are the first part of these, until rows are picked
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            start, new = self.get_seq_length(), key_states.shape[2]
+            if start == 0:
+                return super().update(key_states, value_states)
+            known = self.keys, self.values
+            fits = self.buffers is not None and start + new <= self.buffers[0].shape[2]
+            if not fits or self.buffers[0].data_ptr() != self.keys.data_ptr():
+                self.buffers = [nn.functional.pad(x, (0, 0, 0, new + room)) for x in known]
+            for buffer, x in zip(self.buffers, (key_states, value_states)):
+                buffer[:, :, start:start + new] = x
+            self.keys, self.values = (buffer[:, :, :start + new] for buffer in self.buffers)
+            return self.keys, self.values
+    cache = DynamicCache(config=lm.config)
+    # Sliding windows and the like stay what the library makes them.
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 # ========== 12. Processes, files, the command line ==========================================================
@@ -1628,11 +1630,6 @@ def make_optimizer(parameters, args):
     return torch.optim.AdamW(trained, args.lr, (0.9, 0.95), args.adam_eps, weight_decay=1e-6, fused=True)
 
 
-def set_learning_rate(optimizer, args, progress):
-    """Sets the learning rate after this share of training."""
-    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress if args.lr_schedule == "linear" else 1)
-
-
 def check_weights(optimizer):
     """Raises UserError before weights that are no numbers, or too large to compute with, are kept."""
     squares = sum(p.detach().square().sum() for p in optimizer.param_groups[0]["params"])
@@ -1653,18 +1650,6 @@ def is_milestone(step, steps):
 
 # What --resume may change.
 PLACES = ("out", "samples", "device", "overwrite", "save_every", "resume", "sample_batch")
-
-
-def check_folder(args):
-    """Refuses a folder that holds a finished run, and --resume with settings that differ."""
-    need(args.overwrite or not os.path.exists(f"{args.out}/result.json"),
-         f"{args.out} holds a finished run: pass another --out, or --overwrite to replace it")
-    if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
-        with reading(f"--resume: {args.out}/config.json is damaged, start the run anew"):
-            for name, value in json.loads(Path(args.out, "config.json").read_text("utf-8")).items():
-                asked = getattr(args, name, None)
-                need(name in PLACES or asked == value or (name, asked) == ("backend", "auto"),
-                     f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
 
 
 def open_run(args):
@@ -1690,8 +1675,9 @@ def write_whole(path, text):
     """Writes a file under a temporary name, then renames: it is there whole or not at all."""
     if rank() == 0:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        Path(path + ".tmp").write_text(text, encoding="utf-8")
-        os.replace(path + ".tmp", path)
+        temporary = f"{path}.{os.getpid()}.tmp"  # two runs may write the same samples
+        Path(temporary).write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def save_results(args, task, exact_world, metrics, samples, policy=None):
@@ -1776,32 +1762,12 @@ def need(condition, message):
 
 
 def fill_in(args):
-    """Gives every flag that was not set its value by the task's recipe. Raises UserError for bad values."""
+    """Sets what was not set by the task's recipe. Raises UserError where a number is out of its range, or
+    where flags do not go together."""
     args.started = time.perf_counter()
     for name, value in args.recipes[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check(args)
-
-
-def finish(args):
-    """Sets what follows from other flags."""
-    need(args.minibatch <= args.rollouts <= args.episodes, "need --minibatch ≤ --rollouts ≤ --episodes, "
-         f"not {args.minibatch}, {args.rollouts}, {args.episodes}")
-    if args.beta is None and args.N > 1:
-        args.beta = 1 / (args.N - 1)
-    need(args.objective != "rlhf" or args.beta is not None, "--objective rlhf needs --beta, or N above 1")
-    need(args.objective != "bound1" or args.estimator != "log_mean", "--estimator log_mean may be −inf, "
-         "and bound1's rewards are not clipped: use another")
-    args.kl_coef, strength = 1 / args.N, f"N{args.N}-M{args.M}"
-    if args.objective == "rlhf":
-        args.kl_coef, strength = args.beta, f"beta{args.beta:g}"
-    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
-    check_folder(args)
-
-
-def check(args):
-    """Raises UserError where a number is out of its range, or where flags do not go together."""
     least = {1: "N train_prompts test_prompts test_M test_responses max_new_tokens sample_batch "
                 "episodes rollouts minibatch ppo_epochs",
              0: "M beta value_coef critic_every save_every seed data_seed lam",
@@ -1819,6 +1785,29 @@ def check(args):
         need(args.max_new_tokens <= 4, "toy enumerates 18^T responses: --max-new-tokens at most 4")
         foreign = args.ref or args.reward or args.dataset or args.no_eos_reward or args.backend == "vllm"
         need(not foreign, "--ref, --reward, --dataset, --no-eos-reward, vllm go with --task imdb or tldr")
+
+
+def finish(args):
+    """Sets what follows from other flags. Refuses to replace a finished run, or to resume another one."""
+    need(args.minibatch <= args.rollouts <= args.episodes, "need --minibatch ≤ --rollouts ≤ --episodes, "
+         f"not {args.minibatch}, {args.rollouts}, {args.episodes}")
+    if args.beta is None and args.N > 1:
+        args.beta = 1 / (args.N - 1)
+    need(args.objective != "rlhf" or args.beta is not None, "--objective rlhf needs --beta, or N above 1")
+    need(args.objective != "bound1" or args.estimator != "log_mean", "--estimator log_mean may be −inf, "
+         "and bound1's rewards are not clipped: use another")
+    args.kl_coef, strength = 1 / args.N, f"N{args.N}-M{args.M}"
+    if args.objective == "rlhf":
+        args.kl_coef, strength = args.beta, f"beta{args.beta:g}"
+    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
+    need(args.overwrite or not os.path.exists(f"{args.out}/result.json"),
+         f"{args.out} holds a finished run: pass another --out, or --overwrite to replace it")
+    if args.resume and os.path.exists(f"{args.out}/checkpoint.pt"):
+        with reading(f"--resume: {args.out}/config.json is damaged, start the run anew"):
+            for name, value in json.loads(Path(args.out, "config.json").read_text("utf-8")).items():
+                asked = getattr(args, name, None)
+                need(name in PLACES or asked == value or (name, asked) == ("backend", "auto"),
+                     f"--resume: {args.out} was started with {name} = {value!r}, not {asked!r}")
 
 
 @contextmanager

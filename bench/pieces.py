@@ -21,6 +21,7 @@ from functools import partial
 from unittest import mock
 
 import torch
+from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 
 import common
@@ -80,6 +81,8 @@ PIECES = {  # how many layers are trained, what is measured, what takes the piec
     "shared trunk, two layers trained": (2, phase, patched(generate=without_trunk)),
     "log-probs and values known from decoding": (-1, phase, patched(generate=another_pass)),
     "log-prob of one token (TakenLogProb)": (-1, phase, patched(token_log_probs=all_log_probs)),
+    f"KV cache with room to grow, {RESPONSES} samples": (
+        -1, sampling, patched(roomy_cache=lambda lm: DynamicCache(config=lm.config))),
     f"a prompt read once for {M} samples": (-1, sampling, patched(generate=repeated_prompts)),
     "GELU in one pass": (-1, phase, mock.patch.object(torch.nn.GELU, "forward", NewGELUActivation.forward)),
 }
