@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -212,6 +213,7 @@ def draw_anew(run, temperature, reward):
     if reward:
         score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward)
         judge = replace(task, score=score, reward_id=reward_id)
+        score_anew(*(vbon.samples_folder(by, args) for by in (task, judge)), score)
     if args.objective == "bon":
         # It chooses by the reward that it always had.
         drawn = bon_baselines.sample_best(task, vbon.reference_samples(task, args), args)
@@ -220,6 +222,16 @@ def draw_anew(run, temperature, reward):
         drawn = vbon.sample_policy(policy, task, args)
     metrics, samples = vbon.test_metrics(judge, *drawn, vbon.reference_samples(judge, args), args)
     return {"result": metrics | {"temperature": temperature}, "samples": samples}
+
+
+def score_anew(source, target, score):
+    """Stores π_ref's test samples of a folder in another one, scored anew: so they need not be drawn anew."""
+    for path in tqdm(sorted(Path(source).glob("test-*.json")), desc=f"{source} -> {target}", leave=False):
+        if not Path(target, path.name).exists():
+            batch = json.loads(path.read_text("utf-8"))
+            batch["rewards"] = [score([prompt] * len(responses), responses)
+                                for prompt, responses in zip(batch["prompts"], batch["responses"])]
+            vbon.write_whole(f"{target}/{path.name}", json.dumps(batch, ensure_ascii=False))
 
 
 def judge_anew(runs, temperatures, reward):

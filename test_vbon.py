@@ -2161,6 +2161,15 @@ def test_other_temperatures_and_another_judge(pieces, tmp_path, monkeypatch):
     before = read_json("dpo/result.json")
     assert float(anew["reward"]) != before["reward"]
     assert float(anew["kl_to_ref"]) == pytest.approx(before["kl_to_ref"], rel=1e-4)  # the same responses
+    # The judge has scored what was stored. Drawn anew it is the same.
+    scored = {name: json.loads(batch) for name, batch in files("samples").items() if "test-" in name}
+    shutil.rmtree("samples")
+    succeeded(call("bon", *flags(own(pieces, reward=judge), out="by-judge"), script=bon_baselines))
+    for name, drawn in files("samples").items():
+        if "test-" in name:
+            found = scored[name]
+            close(doubles(found.pop("rewards")), doubles((batch := json.loads(drawn)).pop("rewards")), atol=1e-6)
+            assert found == batch
 
 
 def test_samples_needed(toy, tmp_path, monkeypatch):
