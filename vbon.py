@@ -947,7 +947,7 @@ class Task:
     encode: Callable         # a prompt's text -> its token ids
     train_prompts: list      # texts; may repeat
     test_prompts: list
-    ref_id: str              # what identifies π_ref, and the reward, in the file of samples
+    ref_id: str              # what identifies π_ref, and the reward, in the samples' header
     reward_id: str
     end: str = ""            # what marks the text of a response that EOS ended, if the reward must see it
     other_prompts: tuple = ()   # not trained on: the samples to them are all there are if --M is 0

@@ -4,7 +4,7 @@
     python results/shared.py --task imdb --data-seed 1 --train-prompts 256 --test-prompts 48 --test-M 1200
     JUDGE=DIR python results/shared.py …       # … and with a second judge's rewards of the same responses
 
-The flags are vbon.py's; what the file of samples lacks is drawn. The first 200 samples to each test prompt
+The flags are vbon.py's; samples that are missing are drawn. The first 200 samples to each test prompt
 stand for what training would know of it, M at a time, together with M to each training prompt. The others are
 the truth: F̂ is compared with their F, less what comparing F itself would give. Prints the table; writes
 results/shared.csv and figures/shared.png.
