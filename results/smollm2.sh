@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real pretrained language model, SmolLM2-135M-Instruct, on imdb's prompts with the small reward: vBoN and PPO
-# on the reward for ten phases, for results/smollm2.*. 2 runs, 25 minutes of one core in all.
+# on the reward for forty phases, for results/smollm2.*. 2 runs, 45 minutes of one core in all.
 #
 #   REF=DIR REWARD=DIR IMDB=DIR results/smollm2.sh      # REF: the folder of HuggingFaceTB/SmolLM2-135M-Instruct
 set -eo pipefail
@@ -13,6 +13,6 @@ out=sweeps/smollm2
     echo "python vbon.py --N 16 --resume --out $out/vbon-seed0"
     echo "python vbon.py --objective rlhf --beta 0.03 --resume --out $out/rlhf-beta0.03-seed0"
 } | JOBS=1 results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 128 \
-    --test-prompts 32 --test-M 64 --max-new-tokens 24 --episodes 1280 --M 32 --estimator shared "$@"
+    --test-prompts 32 --test-M 64 --max-new-tokens 24 --episodes 5120 --M 32 --estimator shared "$@"
 
 python evaluate.py $out/* --responses 6 --csv results/smollm2.csv | tee results/smollm2.txt
