@@ -10,7 +10,6 @@ import csv
 import ctypes
 import itertools
 import json
-import math
 import os
 import platform
 import random
