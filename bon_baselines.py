@@ -1,92 +1,83 @@
 #!/usr/bin/env python3
-"""The baselines of "Variational Best-of-N Alignment", on the tasks, samples and models of vbon.py.
+"""Baselines of "Variational Best-of-N Alignment" on the tasks and reference samples of vbon.py.
 
-    python bon_baselines.py bon --N 16         # Best-of-N itself: trains nothing, draws N and keeps the best
-    python bon_baselines.py bon-sft --N 16     # maximum likelihood on Best-of-N's responses
-    python bon_baselines.py dpo --beta 0.1     # direct preference optimization (Rafailov et al. 2023)
-    python bon_baselines.py bonbon --N 16      # BoNBoN (Gui et al. 2024)
-    python bon_baselines.py bond               # J-BOND (Sessa et al. 2024): Best-of-2, again and again
-    python bon_baselines.py dpo --task imdb    # another task; --ref, --reward, --dataset as in vbon.py
-    python bon_baselines.py --help
+    python bon_baselines.py bon --N 16        # Best-of-N itself, no training
+    python bon_baselines.py bon-sft --N 16    # maximum likelihood on Best-of-N responses
+    python bon_baselines.py dpo --beta 0.1    # direct preference optimization, Rafailov et al. 2023
+    python bon_baselines.py bonbon --N 16     # BoNBoN, Gui et al. 2024
+    python bon_baselines.py bond              # J-BOND, Sessa et al. 2024: repeated Best-of-2
+    python bon_baselines.py dpo --task imdb   # --ref, --reward, --dataset, … as in vbon.py
 
-PPO on the reward itself is `python vbon.py --objective rlhf`. All flags of vbon.py go here too, so that one
-line of them serves every method; those of PPO alone have no effect on training.
+KL-regularized RL is `python vbon.py --objective rlhf`. All flags of vbon.py are accepted, so that
+one set of flags serves every method. Those of PPO have no effect.
 
-The losses come first and are pure functions of tensors. They take log-probabilities of whole responses, in
-nats: summed over the tokens, EOS included and prompt not. All methods but bond, which samples as it learns,
-learn from the scored samples of π_ref that vbon.py keeps: N needs new ones only where it is above M.
+The losses are pure functions of tensors. Their log-probs are those of whole responses in nats, with
+EOS and without the prompt. bond samples during training, bon-sft, dpo and bonbon learn from the
+cached reference samples of vbon.py. Shapes are as in vbon.py.
 """
+import argparse
 import itertools
+import json
 import math
-import os
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 
 import vbon
-from vbon import flag, need, number
+from vbon import UserError
 
-# ========== 1. Best-of-N and the losses ===================================================================
+# ========== 1. Best-of-N and the losses ==========================================================
 
 
 def best_of_n(rewards):
-    """The place of the highest of N rewards: (..., N) -> (...). The first of equal ones."""
+    """Index of the highest of N rewards, (..., N) -> (...). The first of equal ones."""
     return torch.as_tensor(rewards).argmax(-1)
 
 
 def expected_best_of_n(rewards, N):
-    """E[max of N draws without replacement] from M stored rewards: (..., M) -> (...), float64.
-
-    This unbiased estimate of Best-of-N's expected reward is Σ_k r_(k)·C(k−1, N−1)/C(M, N) over the rewards in
-    ascending order: the k-th is the best of C(k−1, N−1) of the C(M, N) subsets.
-    Raises ValueError unless N is a whole number from 1 to M.
-    """
+    """Mean maximum of N out of M rewards, (..., M) -> (...), float64. This is an unbiased estimate
+    of Best-of-N's expected reward. Raises ValueError if N is no whole number from 1 to M."""
     ascending = torch.as_tensor(rewards).double().sort(-1).values
     M = ascending.shape[-1]
     if not (1 <= N <= M and N == int(N)):
-        raise ValueError(f"the best of N = {N} cannot be estimated from M = {M} rewards: "
-                         "N must be a whole number from 1 to M")
+        raise ValueError(f"N must be a whole number from 1 to M = {M}, got {N}")
+    # The k-th lowest reward is the maximum of C(k−1, N−1) of the C(M, N) subsets, a share w_k of
+    # them: w_M = N/M and w_{k−1} / w_k = (k−N) / (k−1). Logs, because binomials overflow.
     k = torch.arange(2, M + 1, dtype=torch.double, device=ascending.device)
-    # The weights in logs, so that no binomial is formed: w_M = N/M, w_{k−1}/w_k = (k−N)/(k−1), 0 where k < N.
     log_steps = torch.log(((k - N) / (k - 1)).clamp(min=0))
-    log_w = math.log(N / M) + torch.cat([log_steps.flip(0).cumsum(0).flip(0), log_steps.new_zeros(1)])
-    return torch.where(log_w == -torch.inf, 0.0, ascending * log_w.exp()).sum(-1)
+    log_w = torch.cat([log_steps.flip(0).cumsum(0).flip(0), log_steps.new_zeros(1)])
+    return torch.where(log_w == -torch.inf, 0.0, ascending * log_w.exp()).sum(-1) * N / M
 
 
-def sft_loss(logps):
-    """Maximum likelihood: −mean of log π_θ(y) over responses. logps: (B,)."""
-    return -logps.mean()
+def sft_loss(log_probs):
+    """Maximum likelihood: −mean log π_θ(y) over the responses, (B,)."""
+    return -log_probs.mean()
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """−mean log σ(β·h), h = log[π_θ/π_ref](chosen) − log[π_θ/π_ref](rejected). All (B,). (Rafailov, Eq. 7)"""
+    """−mean log σ(β·h), h = log π_θ/π_ref of the chosen response − that of the rejected response
+    (Rafailov et al. 2023, Eq. 7). All (B,)."""
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
-    return -functional.logsigmoid(beta * h).mean()
+    return -torch.nn.functional.logsigmoid(beta * h).mean()
 
 
 def bonbon_beta(N):
-    """β* = 1 / (2(N−1)·Σ_{k<N} 1/k) (Gui et al. 2024, Theorem 3).
-
-    Under Best-of-N the log-ratio of the best of N exceeds that of the worst by 1/(2β*) nats on average.
-    Infinite at N = 1, where best and worst are one. Raises ValueError unless N is a whole number from 1.
-    """
+    """β* = 1 / (2(N−1)·Σ_{k<N} 1/k) (Gui et al. 2024, Theorem 3), infinite at N = 1.
+    Under Best-of-N the log-ratio of the best of N is on average 1/(2β*) above that of the worst."""
     if not (N >= 1 and N == int(N)):
-        raise ValueError(f"N must be a whole number from 1, not {N}")
+        raise ValueError(f"N must be a whole number from 1, got {N}")
     gap = (N - 1) * sum(1 / k for k in range(1, int(N)))
     return 1 / (2 * gap) if gap else math.inf
 
 
 def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
-    """α·(−log π_θ(best)) + (1−α)·(h − 1/(2β*))², h as in `dpo_loss`, averaged over pairs of N; all (B,).
+    """−α·mean log π_θ(best) + (1−α)·mean (h − 1/(2β*))², h as in `dpo_loss`. All (B,).
 
-    alpha=None sets α on each call so that both terms are equally large, as both papers say; no gradient flows
-    into it. So α starts near 1, where −log π_θ of a long response is the smaller term, and falls towards 0 as
-    the second term vanishes. The released configuration of Gui et al. keeps 0.005 throughout.
+    alpha=None makes both terms equal at every call, as both papers say, without gradient through α.
+    It starts near 1 and falls with the second term. The code of Gui et al. has a constant 0.005.
     """
     h = (policy_best - ref_best) - (policy_worst - ref_worst)
     likelihood, contrast = sft_loss(policy_best), (h - 1 / (2 * bonbon_beta(N))).square().mean()
@@ -96,23 +87,25 @@ def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
 
 
 def bond_reward(rewards, anchor_rewards):
-    """−log 16 for a response that is worse than both of the anchor's, else 0 (Sessa et al. 2024, Eq. 17).
+    """−log 16 for a response below both of the anchor's, otherwise 0 (Sessa et al. 2024, Eq. 17).
+    It stands for log F under the anchor: its mean −log 16·(1−F)² equals log F at F = ½.
 
-    rewards: (B,). anchor_rewards: (B, 2). Returns (B,), float64, nats. It stands for log F under the anchor:
-    on average it is −log 16·(1−F)², which is log F at the median, F = ½.
+    Args: rewards (B,), anchor_rewards (B, 2). Returns: (B,), float64, in nats.
     """
     return -math.log(16) * (rewards < anchor_rewards.amin(1)).double()
 
 
 def bond_loss(best, own, anchor_own, reward, beta=0.5, gamma=0.0):
-    """J-BOND's (1−β)·FW + β·BW + γ·REG (Sessa et al. 2024, Algorithm 2), a scalar. All (B,), nats.
+    """J-BOND's loss (1−β)·FW + β·BW + γ·REG (Sessa et al. 2024, Algorithm 2).
 
-    best: log π_θ of the better of the anchor's two responses. own, anchor_own: log π_θ and log π_anchor of a
-    response y of the policy. reward: `bond_reward` of y. D = log π_θ(y) − log π_anchor(y), without gradient.
+    With D = log π_θ(y) − log π_anchor(y), without gradient, for responses y ~ π_θ:
       FW   −log π_θ(best)             has the gradient of KL(Best-of-2 of the anchor ‖ π_θ)
-      BW   −log π_θ(y)·(reward − D)   that of KL(π_θ ‖ Best-of-2), as far as the reward is log F
-      REG  −log π_θ(y)·(−D)           that of KL(π_θ ‖ π_anchor)
-    The factor of log π_θ(y) is taken less its mean over the other responses of the batch: less noise.
+      BW   −log π_θ(y)·(reward − D)   has that of KL(π_θ ‖ Best-of-2), if the reward is log F
+      REG  −log π_θ(y)·(−D)           has that of KL(π_θ ‖ π_anchor)
+    The factor of log π_θ(y) is centered by its mean over the other responses of the batch.
+
+    Args, all (B,): best = log π_θ of the better of two responses of the anchor, own = log π_θ(y),
+    anchor_own = log π_anchor(y), reward = `bond_reward` of y.
     """
     D = (own - anchor_own).detach()
     weight = beta * (reward - D) - gamma * D
@@ -120,252 +113,251 @@ def bond_loss(best, own, anchor_own, reward, beta=0.5, gamma=0.0):
     return -(1 - beta) * best.mean() - ((weight - others) * own).mean()
 
 
-# ========== 2. Settings ===================================================================================
+# ========== 2. Training examples and their losses ================================================
 
-METHODS = ("bon", "bon-sft", "dpo", "bonbon", "bond")
-
-# dpo takes six responses to a prompt, and twelve of their fifteen pairs (§5).
-DPO_RESPONSES, DPO_PAIRS = 6, 12
-
-# bond's β = ½, η = 0.02 and −log 16 are those of Sessa et al. (Gemma 7B in §6, Eq. 17), as others quote them:
-# we have not seen the paper's whole text. Of the γ of their Figure 6, 0 to 2, γ = 0 is our choice. Their
-# steps take 128 prompts, after a warm-up; ours are as below.
-
-# The tasks are vbon.py's, the training is not. log F is never smoothed here.
-COMMON = dict(M=200, beta=0.1, estimator="add_one")
-RECIPES = {
-    "toy": vbon.RECIPES["toy"] | COMMON | dict(episodes=81_920, lr=1e-3),
-    "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
-    "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6),
-}
+DPO_RESPONSES, DPO_PAIRS = 6, 12  # per prompt and pass: 12 of the 15 pairs of 6 responses (§5)
 
 
-@dataclass
-class Args(vbon.Args):
-    recipes, groups = RECIPES, vbon.Args.groups | {"alpha": "bonbon and bond"}
+def training_pairs(prompts, rewards, tokens, args):
+    """Yield (prompt, better response, worse response) forever. Responses are token lists.
 
-    objective: str = flag(None, "the method", METHODS)
-    N: number = flag(None, "the N of Best-of-N, a whole number; dpo and bond are only measured against it")
-    M: int = flag(None, "samples of π_ref per training prompt to learn from, more where N asks for more; "
-                  "bon and bond draw none")
-    beta: float = flag(None, "dpo: how close the policy is held to π_ref")
-    alpha: float = flag(None, "bonbon: weight of the likelihood; default: both terms weigh the same")
-    eta: float = flag(0.02, "bond: how far the anchor moves towards the policy after each step")
-    gamma: float = flag(0.0, "bond: how close the policy is held to the anchor, beyond what Best-of-2 is")
-    episodes: int = flag(None, "training examples in all: best responses, or pairs; bond: prompts")
-    rollouts: int = flag(None, "training examples per phase, which is a line of metrics")
-
-    def __post_init__(self):
-        vbon.fill_in(self)
-        need(self.objective in ("dpo", "bond") or self.N == int(self.N),
-             f"--N must be a whole number, not {self.N}")
-        need(self.beta > 0, f"--beta must be above 0, not {self.beta}")
-        for name, value, high in ("alpha", self.alpha, 1), ("eta", self.eta, 1), ("gamma", self.gamma, 1e9):
-            fits = value is None or 0 <= value <= high
-            need(fits, f"--{name} must be from 0 to {high:g}, not {value}")
-        need(os.environ.get("WORLD_SIZE", "1") == "1", "this runs in one process: start it without torchrun")
-        if self.objective == "dpo":
-            self.M = max(self.M, DPO_RESPONSES)
-        elif self.objective in ("bon-sft", "bonbon"):
-            # toy has four prompts only: with M near N it would have four best responses to learn by heart.
-            self.M = max(self.M, int(self.N) * (10 if self.task == "toy" else 1))
-        strength = {"bon": f"N{self.N}", "bond": f"{self.episodes}ep", "dpo": f"beta{self.beta:g}-M{self.M}"}
-        strength = strength.get(self.objective, f"N{self.N}-M{self.M}")
-        self.out = self.out or f"runs/{self.task}-{self.objective}-{strength}-seed{self.seed}"
-        vbon.finish(self)
-
-
-# ========== 3. What the losses take =======================================================================
-
-
-def training_pairs(samples, prompts, args, rng):
-    """Endless (prompt, better, worse): token lists of two responses to it, from its stored samples.
-
-    In every pass over the prompts each gets a new random group of its M samples. bon-sft and bonbon take best
-    and worst of N. dpo takes 12 pairs of 6, without those of equal rewards, which are no preference. The
-    examples of a pass come shuffled.
+    Every pass takes a new random group of each prompt's reference samples: bon-sft and bonbon the
+    best and the worst of N, dpo pairs without ties. Args: rewards (P, M), tokens P lists of M.
     """
+    if (rewards == rewards[:, :1]).all():
+        raise UserError("reference samples of a prompt must differ in reward, but all are equal: "
+                        "pass a larger --M or another --reward")
+    rng = random.Random(args.seed)
     while True:
         examples = []
-        for prompt in prompts:
-            rewards, tokens = samples["train", prompt]
+        for prompt, r, responses in zip(prompts, rewards, tokens):
             if args.objective == "dpo":
-                group = rng.sample(range(len(rewards)), DPO_RESPONSES)
-                pairs = [(i, j) if rewards[i] > rewards[j] else (j, i)
-                         for i, j in itertools.combinations(group, 2) if rewards[i] != rewards[j]]
+                group = rng.sample(range(len(r)), DPO_RESPONSES)
+                pairs = [(i, j) if r[i] > r[j] else (j, i)
+                         for i, j in itertools.combinations(group, 2) if r[i] != r[j]]
                 pairs = rng.sample(pairs, min(DPO_PAIRS, len(pairs)))
             else:
-                group = rng.sample(range(len(rewards)), int(args.N))
-                pairs = [(group[best_of_n(rewards[group])], group[best_of_n(-rewards[group])])]
-            examples += [(prompt, tokens[i], tokens[j]) for i, j in pairs]
+                group = rng.sample(range(len(r)), int(args.N))
+                pairs = [(group[best_of_n(r[group])], group[best_of_n(-r[group])])]
+            examples += [(prompt, responses[i], responses[j]) for i, j in pairs]
         yield from rng.sample(examples, len(examples))
 
 
 def sequence_log_probs(lm, batch, args):
-    """log π of the whole responses of a Rollout, (B,), nats. A trunk that the batch lacks is kept in it."""
+    """log π of the responses of a Rollout, (B,), nats."""
     with vbon.autocast(args):
-        log_probs, _, trunk = vbon.response_log_probs(lm, batch, args.temperature, args.unfrozen_layers)
-    batch.trunk = trunk if batch.trunk is None else batch.trunk
-    return (log_probs * batch.mask).sum(1)
+        log_probs, _ = vbon.response_log_probs(lm, batch, args.temperature, args.unfrozen_layers)
+    return torch.where(batch.mask, log_probs, 0.0).sum(1)
 
 
 def response_log_probs(policy, task, prompts, responses, args):
-    """log π_θ and log π_ref of whole responses, each (B,), nats. A frozen trunk runs once for both models."""
+    """log π_θ and log π_ref of B responses, given as token lists, both (B,), nats."""
     eos = task.tokenizer.eos_token_id
     ids, attention = vbon.pad([task.encode(p) for p in prompts], eos, "left", args.device)
     tokens, mask = vbon.pad(responses, eos, "right", args.device)
-    batch = vbon.Rollout(torch.cat([ids, tokens[:, :-1]], 1), torch.cat([attention, mask[:, :-1]], 1),
-                         tokens, mask)
-    with torch.no_grad():
-        log_ref = sequence_log_probs(task.ref, batch, args)
+    batch = vbon.Rollout(torch.cat([ids, tokens[:, :-1]], 1),
+                         torch.cat([attention, mask[:, :-1]], 1), tokens, mask)
+    log_ref = vbon.reference_log_probs(task.ref, batch, args).sum(1)  # computes the frozen layers
     return sequence_log_probs(policy, batch, args), log_ref
 
 
 def pair_loss(policy, task, examples, args):
-    """The loss of a minibatch, and its margin: mean log π_θ/π_ref of the better responses less the worse."""
+    """Loss of a minibatch, and the mean of h (see `dpo_loss`), or of log π_θ/π_ref with bon-sft."""
     prompts, better, worse = map(list, zip(*examples))
     if args.objective == "bon-sft":
         best, ref_best = response_log_probs(policy, task, prompts, better, args)
         return sft_loss(best), (best - ref_best).detach().mean()
-    # One pass over both halves.
     both, ref_both = response_log_probs(policy, task, prompts * 2, better + worse, args)
-    (best, worst), (ref_best, ref_worst) = both.chunk(2), ref_both.chunk(2)
-    if args.objective == "dpo":
-        loss = dpo_loss(best, worst, ref_best, ref_worst, args.beta)
-    else:
-        loss = bonbon_loss(best, worst, ref_best, ref_worst, int(args.N), args.alpha)
-    return loss, (best - ref_best - worst + ref_worst).detach().mean()
+    pairs = *both.chunk(2), *ref_both.chunk(2)
+    loss = (dpo_loss(*pairs, args.beta) if args.objective == "dpo" else
+            bonbon_loss(*pairs, int(args.N), args.alpha))
+    log_ratio = (both - ref_both).detach()
+    return loss, log_ratio[:len(better)].mean() - log_ratio[len(better):].mean()
 
 
-def sample(lm, task, prompts, uniforms, args, K=-1):
-    """Scored responses of lm, one to each row of uniforms (B, T), which are grouped by prompt: the Rollout,
-    the texts, the rewards (B,) float64."""
+def sample(lm, task, prompts, uniforms, args):
+    """Sample and score B responses, the same number to each prompt. uniforms (B, T) are grouped by
+    prompt. Returns: Rollout, texts, rewards (B,) float64."""
     with vbon.autocast(args):
-        batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms, task.tokenizer.eos_token_id,
-                              args.temperature, K=K)
+        batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms,
+                              task.tokenizer.eos_token_id, args.temperature)
     prompts = [p for p in prompts for _ in range(len(uniforms) // len(prompts))]
     texts = vbon.decode(task, prompts, vbon.token_lists(batch))
     return batch, texts, torch.tensor(task.score(prompts, texts), dtype=torch.double)
 
 
 def on_policy_loss(policy, anchor, task, prompts, args, generator):
-    """`bond_loss` on B prompts, from a new response of the policy and two of the anchor to each; and the mean
-    log π_θ/π_ref of the policy's, which estimates the KL."""
-    B, K = len(prompts), args.unfrozen_layers
+    """`bond_loss` of B prompts, and the mean log π_θ/π_ref of the policy's responses."""
+    # Sample one response per prompt with the policy and two with the anchor.
+    B = len(prompts)
     uniforms = torch.rand(3 * B, args.max_new_tokens, generator=generator, device=args.device)
-    own, _, rewards = sample(policy, task, prompts, uniforms[:B], args, K)
-    pairs, _, anchor_rewards = sample(anchor, task, prompts, uniforms[B:], args, K)
+    own, _, rewards = sample(policy, task, prompts, uniforms[:B], args)
+    pairs, _, anchor_rewards = sample(anchor, task, prompts, uniforms[B:], args)
     anchor_rewards = anchor_rewards.view(B, 2)
     best = pairs[best_of_n(anchor_rewards) + 2 * torch.arange(B)]
+
+    log_ref = vbon.reference_log_probs(task.ref, own, args).sum(1)  # computes the frozen layers
     with torch.no_grad():
-        anchor_own, ref_own = (sequence_log_probs(lm, own, args) for lm in (anchor, task.ref))
+        anchor_own = sequence_log_probs(anchor, own, args)
     log_best, log_own = (sequence_log_probs(policy, batch, args) for batch in (best, own))
-    loss = bond_loss(log_best, log_own, anchor_own, bond_reward(rewards, anchor_rewards).to(log_own),
-                     gamma=args.gamma)
-    return loss, (log_own - ref_own).detach().mean()
+    reward = bond_reward(rewards, anchor_rewards).to(log_own)
+    loss = bond_loss(log_best, log_own, anchor_own, reward, gamma=args.gamma)
+    return loss, (log_own - log_ref).detach().mean()
 
 
-# ========== 4. The run ====================================================================================
+# ========== 3. Training, and Best-of-N itself ====================================================
 
 
 def train(args):
-    """Trains a policy. Returns what it writes to result.json."""
-    task, bond = vbon.setup(args), args.objective == "bond"
+    """Train a policy with bon-sft, dpo, bonbon or bond. Returns the content of result.json."""
+    start, task, bond = time.perf_counter(), vbon.setup(args), args.objective == "bond"
     torch.manual_seed(args.seed)
     policy = vbon.make_policy(task.ref, args.unfrozen_layers)
     anchor = vbon.make_policy(task.ref, args.unfrozen_layers) if bond else None
-    lock = vbon.open_run(args)  # noqa: F841, held until this function ends
-    sampled = replace(task, train_prompts=[]) if bond else task
-    samples = vbon.reference_samples(sampled, args, keep_tokens=True)
-    need(bond or any(len(samples["train", p][0].unique()) > 1 for p in task.train_prompts),
-         "every response to a prompt has the same reward: there is nothing to learn from")
-    exact_world, exact = vbon.ExactWorld(task, args) if args.task == "toy" else None, {}
+    vbon.open_run(args)
 
-    optimizer = vbon.make_optimizer(policy.parameters(), args)
-    anchored = [p.requires_grad_(False) for p in anchor.parameters() if p.requires_grad] if bond else []
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    phases = args.episodes // args.rollouts
-    done = vbon.load_checkpoint(args, task, optimizer, generator, anchored)
-    examples = (vbon.shuffled(task.train_prompts, args.seed) if bond else
-                training_pairs(samples, task.train_prompts, args, random.Random(args.seed)))
+    # bond learns from prompts, the others from pairs of reference samples.
+    clock = time.perf_counter()
+    examples = vbon.shuffled(task.prompts, args.seed) if bond else training_pairs(
+        task.prompts, *vbon.reference_samples(task, args, tokens=True), args)
+    result = {"seconds_sampling": time.perf_counter() - clock}
+    toy = vbon.ExactToy(task, args, None) if args.task == "toy" else None
+
+    # With --resume, continue after the last checkpoint.
+    optimizer = vbon.make_optimizer([policy], args)
+    trained = optimizer.param_groups[0]["params"]
+    anchored = [p for p in anchor.parameters() if p.requires_grad] if bond else []
+    state, generator = dict(enumerate(trained + anchored)), torch.Generator(args.device)
+    done = vbon.load_checkpoint(args, task, state, optimizer)
+    iterations = args.episodes // args.rollouts
     examples = itertools.islice(examples, done * args.rollouts, None)
-    with tqdm(total=phases * args.rollouts, initial=done * args.rollouts, desc=args.objective,
-              unit="ep") as bar:
-        for phase in range(done, phases):
-            start, history = time.perf_counter(), []
+
+    with tqdm(total=iterations, initial=done, desc=args.objective, unit="iteration") as bar:
+        for iteration in range(done, iterations):
+            clock, history = time.perf_counter(), []
+            generator.manual_seed(args.seed * iterations + iteration)
             for row in range(0, args.rollouts, args.minibatch):
-                progress = (phase + row / args.rollouts) / phases
-                decayed = 1 - progress if args.lr_schedule == "linear" else 1
-                optimizer.param_groups[0]["lr"] = args.lr * decayed
-                batch = list(itertools.islice(examples, min(args.minibatch, args.rollouts - row)))
-                loss, log_ratio = (on_policy_loss(policy, anchor, task, batch, args, generator) if bond else
-                                   pair_loss(policy, task, batch, args))
+                progress = (iteration + row / args.rollouts) / iterations
+                decay = 1 - progress if args.lr_schedule == "linear" else 1
+                optimizer.param_groups[0]["lr"] = args.lr * decay
+                batch = [*itertools.islice(examples, min(args.minibatch, args.rollouts - row))]
+                loss, log_ratio = (on_policy_loss(policy, anchor, task, batch, args, generator)
+                                   if bond else pair_loss(policy, task, batch, args))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                for a, p in zip(anchored, optimizer.param_groups[0]["params"]):
-                    a.lerp_(p.detach(), args.eta)
+                for a, p in zip(anchored, trained):
+                    a.data.lerp_(p.data, args.eta)
                 history.append(torch.stack([loss.detach(), log_ratio]))
-                bar.update(len(batch))
-            vbon.check_weights(optimizer)
-            loss, log_ratio = torch.stack(history).mean(0).tolist()
-            metrics = {"episode": (phase + 1) * args.rollouts, "objective/loss": loss,
-                       "objective/" + ("kl_to_ref" if bond else "log_ratio_margin"): log_ratio,
-                       "objective/lr": optimizer.param_groups[0]["lr"],
-                       "time/update": time.perf_counter() - start}
-            if exact_world and vbon.is_milestone(phase, phases):
-                exact = exact_world.report(f"π_θ, {metrics['episode']} ep.", exact_world.log_probs(policy))
-                metrics |= exact
-            vbon.log_metrics(args, metrics)
-            if args.save_every and (phase + 1) % args.save_every == 0 and phase + 1 < phases:
-                vbon.save_checkpoint(args, task, phase + 1, optimizer, generator, anchored)
+            vbon.check_finite(optimizer)
 
-    ref_rewards = {key: rewards for key, (rewards, _) in samples.items()}
-    result, responses = vbon.test_metrics(task, *vbon.sample_policy(policy, task, args), ref_rewards, args)
-    result |= {"episodes": phases * args.rollouts} | exact
-    return vbon.save_results(args, task, exact_world, result, responses, policy)
+            done, (loss, log_ratio) = iteration + 1, torch.stack(history).mean(0).tolist()
+            metrics = {"episode": done * args.rollouts, "objective/loss": loss,
+                       "objective/" + ("kl_to_ref" if bond else "log_ratio_margin"): log_ratio,
+                       "time/update": time.perf_counter() - clock}
+            if toy and done * 8 // iterations > iteration * 8 // iterations:  # every eighth
+                name = f"π_θ, {metrics['episode']:,} episodes"
+                metrics |= toy.report(name, toy.log_probs(policy))
+            vbon.log_metrics(args, metrics, bar)
+            if args.save_every and done % args.save_every == 0:
+                vbon.save_checkpoint(args, task, done, state, optimizer)
+
+    result |= {"episodes": iterations * args.rollouts, "seconds": time.perf_counter() - start}
+    return vbon.save_run(args, task, policy, result)
 
 
 def run_bon(args):
-    """Best-of-N on the test prompts, without training. Returns what it writes to result.json."""
-    task = vbon.setup(args)
-    lock = vbon.open_run(args)  # noqa: F841, held until this function ends
-    ref_rewards = vbon.reference_samples(replace(task, train_prompts=[]), args)
-    exact_world = vbon.ExactWorld(task, args) if args.task == "toy" else None
-    result, samples = vbon.test_metrics(task, *sample_best(task, ref_rewards, args), ref_rewards, args)
-    if exact_world:
-        result |= exact_world.metrics(exact_world.log_bon)
-    if args.N <= args.test_M:  # without sampling at all, from what is stored
-        stored = torch.stack([ref_rewards["test", p] for p in task.test_prompts])
-        result["bon/expected_reward"] = expected_best_of_n(stored, int(args.N)).mean().item()
-    return vbon.save_results(args, task, exact_world, result, samples)
+    """Write result.json, on the toy with exact metrics, and return its content. evaluate.py samples
+    the responses."""
+    start, task = time.perf_counter(), vbon.setup(args)
+    vbon.open_run(args)
+    toy = vbon.ExactToy(task, args, None) if args.task == "toy" else None
+    result = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
+    result |= {"episodes": 0, "seconds": time.perf_counter() - start, "seconds_sampling": 0.0}
+    result |= toy.metrics(toy.log_bon) if toy else {}
+    vbon.atomic_write(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
+    print(f"finished; to test it: python evaluate.py {args.out}")
+    return result
 
 
 @torch.no_grad()
-def sample_best(task, ref_rewards, args):
-    """The best of N new samples of π_ref, test_responses times to each test prompt, and log π_bon − log π_ref
-    of it: two lists. The mean of the second is the KL."""
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    responses, kls, N, R = [], [], int(args.N), args.test_responses
-    for prompt in tqdm(task.test_prompts, desc=f"Best-of-{N}"):
-        uniforms = torch.rand(R * N, args.max_new_tokens, generator=generator, device=args.device)
+def sample_best(task, ref_rewards, args, responses, seed):
+    """Sample Best-of-N: the best of N new samples of the reference model, `responses` times per
+    prompt. Args: task of the test split, ref_rewards (P, M). Returns: texts grouped by prompt, and
+    log π_bon − log π_ref of each in nats, whose mean estimates KL(π_bon ‖ π_ref)."""
+    generator = torch.Generator(args.device).manual_seed(seed)
+    N, M, best_texts, kls = int(args.N), ref_rewards.shape[1], [], []
+    for prompt, r in zip(tqdm(task.prompts, desc=f"Best-of-{N}", leave=False), ref_rewards):
+        uniforms = torch.rand(responses * N, args.max_new_tokens, generator=generator,
+                              device=args.device)
         batches, texts, rewards = zip(*(sample(task.ref, task, [prompt], rows, args)
-                                        for rows in uniforms.split(512)))
+                                        for rows in uniforms.split(args.sample_batch)))
         texts, rewards = sum(texts, []), torch.cat(rewards)
         log_p = torch.cat([batch.log_probs.double().sum(1).cpu() for batch in batches])
-        best = best_of_n(rewards.view(R, N)) + N * torch.arange(R)
-        k = vbon.ranks(rewards[best], ref_rewards["test", prompt])
-        log_F = vbon.posterior_log_F(k, args.test_M, N)
-        responses += [texts[i] for i in best]
-        kls += (N * vbon.vbon_reward(log_F, log_p[best], N)).tolist()
-    return responses, kls
+        best = best_of_n(rewards.view(-1, N)) + N * torch.arange(responses)
+        best_texts += [texts[i] for i in best]
+        # E[log F | k of M reference rewards are lower], with the prior of Best-of-N, Beta(N, 1).
+        k = vbon.mid_ranks(rewards[best], r)
+        log_F = torch.digamma(k + N) - torch.digamma(torch.full_like(k, M + N + 1))
+        kls += (vbon.log_bon_pmf(log_F, log_p[best], N) - log_p[best]).tolist()
+    return best_texts, kls
+
+
+# ========== 4. Command line ======================================================================
+
+METHODS = ("bon", "bon-sft", "dpo", "bonbon", "bond")
+COMMON = dict(M=200, beta=0.1, estimator="add_one", prefix_critic=0, token_bias_lr=0.0)
+RECIPES = {"toy": vbon.RECIPES["toy"] | COMMON | dict(episodes=81_920, lr=1e-3),
+           "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
+           "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6)}
+
+
+def parse_args(argv=None):
+    """Parse the flags of vbon.py, and those that are new or differ."""
+    parser = vbon.make_parser(RECIPES, __doc__, argv)
+    parser.add_argument("--objective", choices=METHODS, help=argparse.SUPPRESS)  # positional here
+    parser.add_argument("objective", choices=METHODS, help="method")
+    add = parser.add_argument_group("baselines").add_argument
+    add("--N", type=vbon.number, help="N of Best-of-N, a whole number; not used by dpo and bond")
+    add("--M", type=int, help="number of reference samples per training prompt; raised if N needs "
+        "more, not used by bon and bond")
+    add("--beta", type=float, help="dpo: weight β of the KL penalty")
+    add("--alpha", type=float, help="bonbon: weight of the likelihood; by default terms balance")
+    # η, and β = ½ in bond_loss, are those of Sessa et al. for Gemma 7B (§6) as cited by others.
+    add("--eta", type=float, default=0.02, help="bond: step size of the anchor")
+    add("--gamma", type=float, default=0.0, help="bond: weight of the KL to the anchor")
+    add("--episodes", type=int, help="total number of training examples; for bond, of prompts")
+    add("--rollouts", type=int, help="training examples per iteration")
+    add("--minibatch", type=int, help="training examples per gradient step")
+    return vbon.parse_args(parser, derive, argv)
+
+
+def derive(args):
+    """Check flags that depend on each other, raise M to what N needs, set --out."""
+    if vbon.WORLD_SIZE > 1:
+        raise UserError("bon_baselines.py runs in one process: start it without torchrun")
+    if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
+        raise UserError("toy has its own models, prompts and at most 4 tokens: for --ref, --reward "
+                        "and --dataset pass --task imdb")
+    if args.objective not in ("dpo", "bond") and args.N != int(args.N):
+        raise UserError(f"--N must be a whole number for {args.objective}, got {args.N}")
+    for name, least, most in ("beta", 1e-9, 1e9), ("alpha", 0, 1), ("eta", 0, 1), ("gamma", 0, 1e9):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must be from {least:g} to {most:g}, got {value}")
+
+    # With M near N, the toy's four prompts would have four best responses to memorize.
+    enough = int(args.N) * (10 if args.task == "toy" else 1)
+    args.M = max(args.M, {"bon": 1, "dpo": DPO_RESPONSES, "bond": 1}.get(args.objective, enough))
+    args.kl_coef, M = 1 / args.N, f"-M{args.M}"
+    strength = {"bon": f"N{args.N}", "dpo": f"beta{args.beta:g}{M}", "bond": f"{args.episodes}ep"}
+    strength = strength.get(args.objective, f"N{args.N}{M}")
+    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
 
 
 def main(argv=None):
-    def run():
-        args = vbon.parse_args(argv, Args, __doc__, positional="objective")
-        (run_bon if args.objective == "bon" else train)(args)
-    return vbon.run_script("bon_baselines.py", run)
+    return vbon.run_script("bon_baselines.py", lambda: parse_args(argv),
+                           lambda args: (run_bon if args.objective == "bon" else train)(args))
 
 
 if __name__ == "__main__":

@@ -1,263 +1,457 @@
 #!/usr/bin/env python3
-"""Judges finished runs of vbon.py and bon_baselines.py, and draws the paper's figures.
+"""Test trained policies: reward, win rate, KL to the reference model and to Best-of-N.
 
-    python evaluate.py runs/*                                 # a table: reward, win rate, KL, effective N, …
-    python evaluate.py runs/* --csv all.csv --figures DIR     # … every run as a row, and the figures
-    python evaluate.py runs/* --figures DIR --curves          # … the distance to Best-of-N in training
-    python evaluate.py runs/* --responses 3                   # … the responses to three prompts (Table 2)
-    python evaluate.py runs/* --temperatures .25 .5 1         # draws anew at other temperatures (Figure 5)
-    python evaluate.py runs/* --reward DIR                    # judges by a reward that was not trained on
-    python evaluate.py --export samples/imdb-… FILE           # samples as lines of prompt, responses, rewards
+    python evaluate.py runs/imdb-*                        # table: mean ± standard error over seeds
+    python evaluate.py runs/imdb-* --csv FILE --figures DIR
+    python evaluate.py runs/imdb-* --responses 3          # show sampled responses (Table 2)
+    python evaluate.py runs/imdb-* --temperatures .5 1    # other sampling temperatures (Figure 5)
+    python evaluate.py runs/imdb-* --reward DIR           # another reward model as the evaluator
+    python evaluate.py runs/toy-*                         # toy: the exact numbers of training
+    python evaluate.py --export samples/imdb-… FILE       # reference samples as JSON lines
 
-Runs that differ in their seeds alone are one row: mean ± standard error over seeds (one seed: over prompts).
+Each policy samples responses to the test prompts. They are scored, and ranked among reference
+samples of the same prompts. The test is cached in the run's folder as eval-<hash>.json, so that an
+evaluation that was stopped continues with the next run. results/curves.py plots training curves.
 """
 import argparse
 import contextlib
 import csv
+import dataclasses
+import functools
+import hashlib
 import io
 import json
 import math
 import os
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import bon_baselines
 import vbon
-from vbon import bon_kl, bon_win_rate, need
+from vbon import UserError, bon_kl, bon_win_rate
 
-METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO",
-           "dpo": "DPO", "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bond": "BOND", "bon": "BoN"}
-METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref", "kl_to_bon": "KL to π_bon",
-           "effective_N": "effective N", "excess_kl": "excess KL"}
+METHODS = {"vbon": "vBoN", "bound": "L bound", "bound1": "L1 bound", "rlhf": "PPO", "dpo": "DPO",
+           "bonbon": "BoNBoN", "bon-sft": "BoN-SFT", "bond": "BOND", "bon": "BoN"}
+METRICS = {"reward": "reward", "win_rate": "win rate", "kl_to_ref": "KL to π_ref",
+           "kl_to_bon": "KL to π_bon", "effective_N": "effective N", "excess_kl": "excess KL"}
 COLUMNS = METRICS | {"exact/" + key: "exact " + label for key, label in METRICS.items()} | {
     "in/reward": "in-distribution reward", "in/win_rate": "in-distribution win rate",
     "out/reward": "out-of-distribution reward", "out/win_rate": "out-of-distribution win rate"}
 
-# Settings that say where and how a run was made, not what it is.
-PLACES = (*vbon.PLACES, "backend")
+# Settings of the machine and of files. They do not change what a run computes.
+MACHINE = {"device", "backend", "sample_batch", "samples", "out", "overwrite", "resume",
+           "save_every"}
 
-# ========== 1. Reading runs ===============================================================================
+# The models and prompts of a test depend on these settings of a run.
+TASK_SETTINGS = ("task", "ref", "reward", "dataset", "no_eos_reward", "max_new_tokens", "data_seed",
+                 "dtype", "backend")
+
+# ========== 1. Metrics of sampled responses ======================================================
+
+
+def policy_log_F(k, M):
+    """Estimate E[log F] of a policy in nats. The mean of the returned values is the estimate.
+
+    If y is from Best-of-a, F(y) is Beta(a, 1) and E[log F | k] = ψ(k+a) − ψ(M+a+1). Here a is the
+    `effective_N` of the estimate, at most 10 M. With a = 1, which is right for π_ref, the mean of a
+    better policy is too low by about 1/M. Ties add a bias: if a fifth of the rewards are one value,
+    π_ref gets an effective N of 1.07. Args: k (...), mid-ranks, float64. Returns: (...).
+    """
+    a = 1.0
+    for _ in range(200):
+        log_F = torch.digamma(k + a) - torch.digamma(torch.full_like(k, M + a + 1))
+        a = vbon.effective_N(log_F.mean()).clamp(0.1, 10 * M)
+    # A better response also raises a. The stretch accounts for that in the standard error.
+    trigamma = torch.polygamma(1, k + a) - torch.polygamma(1, torch.full_like(k, M + a + 1))
+    return log_F.mean() + (log_F - log_F.mean()) / (1 - a ** 2 * trigamma.mean())
+
+
+def bon_metrics(kls, k, M, N):
+    """Metrics of a policy relative to Best-of-N: values per response, whose mean is the metric and
+    whose standard error is the metric's, to first order. Args: kls in nats and mid-ranks k, (...).
+    """
+    log_F = policy_log_F(k, M)
+    a = vbon.effective_N(log_F.mean()).item()
+    # The excess has its minimum at a, so the error of a does not count.
+    return {"log_f": log_F, "effective_N": a + a ** 2 * (log_F - log_F.mean()),
+            "excess_kl": vbon.kl_to_bon(kls, log_F, a), "kl_to_bon": vbon.kl_to_bon(kls, log_F, N)}
+
+
+def measure(task, responses, kls, ref_rewards, N):
+    """Score responses to the test prompts and compute the metrics of their policy.
+
+    Args:
+        task: vbon.Task with P test prompts.
+        responses, kls: P·R texts, grouped by prompt, and KL(π_θ ‖ π_ref) along each in nats.
+        ref_rewards: (P, M), rewards of reference samples.
+        N: `kl_to_bon` is the KL to Best-of-N.
+    Returns:
+        {metric: mean, metric_se: its standard error over prompts, None for P = 1}. Metrics are
+        METRICS, "log_f", "ref/reward"; for tldr also "in/" (training subreddits) and "out/".
+        P·R rows {"prompt", "response", "reward", "kl_to_ref", "ref_reward": the prompt's mean}.
+    """
+    P, M = ref_rewards.shape
+    prompts = [prompt for prompt in task.prompts for _ in range(len(responses) // P)]
+    rewards = task.score(prompts, responses)
+    scores, kl = (torch.tensor(x, dtype=torch.double).view(P, -1) for x in (rewards, kls))
+    k = vbon.mid_ranks(scores, ref_rewards.unsqueeze(1))
+
+    texts = [str(prompt) for prompt in task.prompts]
+    inside = [text.startswith(vbon.TLDR_SUBREDDITS) for text in texts]
+    outside = [text.startswith("SUBREDDIT") and not known for text, known in zip(texts, inside)]
+    parts, metrics = {"": [True] * P, "in/": inside, "out/": outside}, {}
+    for part, rows in [(part, rows) for part, rows in parts.items() if any(rows)]:
+        values = {"reward": scores[rows], "win_rate": k[rows] / M, "kl_to_ref": kl[rows],
+                  **bon_metrics(kl[rows], k[rows], M, N), "ref/reward": ref_rewards[rows]}
+        for name, x in values.items():
+            x, n = x.mean(1), sum(rows)
+            metrics[part + name] = x.mean().item()
+            metrics[f"{part}{name}_se"] = (x.std() / math.sqrt(n)).item() if n > 1 else None
+
+    means = ref_rewards.mean(1).repeat_interleave(scores.shape[1]).tolist()
+    names = ("prompt", "response", "reward", "kl_to_ref", "ref_reward")
+    return metrics, [dict(zip(names, row)) for row in zip(prompts, responses, rewards, kls, means)]
+
+
+# ========== 2. Testing a run: sample, score, measure, cache ======================================
+
+
+@torch.no_grad()
+def sample_policy(policy, task, args, R, seed):
+    """Sample R responses per test prompt. Returns P·R texts, grouped by prompt, and a list of
+    KL(π_θ ‖ π_ref) along each in nats."""
+    generator, responses, kls = torch.Generator(args.device).manual_seed(seed), [], []
+    size = max(1, args.sample_batch // R)
+    starts = range(0, len(task.prompts), size)
+    for start in tqdm(starts, desc="test responses", unit="batch", leave=False):
+        prompts = task.prompts[start:start + size]
+        shape = len(prompts) * R, args.max_new_tokens
+        uniforms = torch.rand(shape, generator=generator, device=args.device)
+        with vbon.autocast(args):
+            rollout = vbon.generate(policy, [task.encode(p) for p in prompts], uniforms,
+                                    task.tokenizer.eos_token_id, args.temperature)
+            for rows in torch.arange(len(uniforms), device=args.device).split(args.minibatch):
+                kls += response_kls(policy, task.ref, rollout[rows], args.temperature).tolist()
+        repeated = [prompt for prompt in prompts for _ in range(R)]
+        responses += vbon.decode(task, repeated, vbon.token_lists(rollout))
+    return responses, kls
+
+
+def response_kls(policy, ref, batch, temperature):
+    """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats. The
+    log-ratio of the sampled tokens has the same mean, but a much higher variance."""
+    ids, mask, T = batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
+    log_pi, log_ref = (vbon.forward(lm, ids, mask, T, temperature)[0].log_softmax(-1)
+                       for lm in (policy, ref))
+    kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
+    return torch.where(batch.mask, kl, 0.0).sum(1)
+
+
+@functools.lru_cache(maxsize=1)
+def load_task(settings, device, reward):
+    """Load a test task, given its settings as pairs. Returns the task, the task with the second
+    reward model (if any), and the resolved device and backend."""
+    args = argparse.Namespace(**dict(settings), device=device, temperature=1.0, unfrozen_layers=-1,
+                              minibatch=32)
+    task = evaluator = vbon.setup(args, split="test")
+    if reward:
+        score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward)
+        evaluator = dataclasses.replace(task, score=score, reward_id=reward_id)
+    return task, evaluator, {"device": args.device, "backend": args.backend}
+
+
+@functools.cache
+def hash_folder(name):
+    """Hash of the files in a model folder. A hub name, which is no folder, stands for itself."""
+    files = sorted(path for path in Path(name).glob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else name
+
+
+def evaluate_run(run, options, temperature=None):
+    """Test a run, or read its cached test, for which no model is loaded.
+
+    Args: run of `read_run`, options of `parse_options`, temperature, by default that of training.
+    Returns: the run with its metrics added to "result", and the rows of `measure` as "samples".
+    """
+    config, folder = run["config"], run["folder"]
+    if config["task"] == "toy":  # result.json has its exact metrics
+        return run
+    temperature = float(temperature or config["temperature"])
+    settings = {name: config[name] for name in TASK_SETTINGS} | {
+        "test_prompts": options.test_prompts,
+        "backend": "hand" if config["backend"] == "hand" else "auto"}  # vLLM needs a GPU
+
+    # The file is named by a hash of everything that the test depends on.
+    key = settings | {
+        "temperature": temperature, "test_M": options.test_M, "responses": options.test_responses,
+        "seed": options.seed, "objective": config["objective"], "N": config["N"],
+        "policy": hash_folder(f"{folder}/policy") if config["objective"] != "bon" else None,
+        "ref": hash_folder(config["ref"]), "trained_reward": hash_folder(config["reward"]),
+        "reward": hash_folder(options.reward or config["reward"])}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = Path(folder, f"eval-{digest[:12]}.json")
+
+    if not path.exists():
+        metrics, samples = test_policy(run, settings, options, temperature)
+        tested = {"key": key, "metrics": metrics, "samples": samples}
+        vbon.atomic_write(path, json.dumps(tested, ensure_ascii=False) + "\n")
+    with vbon.loading(f"cannot read {path} (remove it to test the run again)"):
+        tested = json.loads(path.read_text("utf-8"))
+        result = run["result"] | tested["metrics"] | {"temperature": temperature}
+    label = f", T = {temperature:g}" if options.temperatures else ""
+    if options.reward:
+        result["evaluator"] = options.reward
+        label += f", evaluator {Path(options.reward).name}"
+    return run | {"result": result, "samples": tested["samples"], "label": label}
+
+
+def test_policy(run, settings, options, temperature):
+    """Sample responses of a run's policy, or of Best-of-N, and `measure` them."""
+    from transformers import AutoModelForCausalLM
+    pairs, R = tuple(settings.items()), options.test_responses
+    task, evaluator, machine = load_task(pairs, options.device, options.reward)
+    changed = machine | {"temperature": temperature, "M": options.test_M}
+    args = argparse.Namespace(**run["config"] | changed)
+    if options.reward:
+        rescore(task, evaluator, args)
+    ref_rewards = vbon.reference_samples(evaluator, args)
+
+    if args.objective == "bon":
+        # Best-of-N selects by its own reward, even if another one evaluates it.
+        own_rewards = vbon.reference_samples(task, args)
+        responses, kls = bon_baselines.sample_best(task, own_rewards, args, R, options.seed)
+    else:
+        folder = f"{run['folder']}/policy"
+        policy = vbon.load_model("policy", AutoModelForCausalLM, folder, args.device)[0]
+        responses, kls = sample_policy(policy, task, args, R, options.seed)
+    metrics, samples = measure(evaluator, responses, kls, ref_rewards, args.N)
+    if args.objective == "bon" and not options.reward and args.N <= args.M:
+        expected = bon_baselines.expected_best_of_n(ref_rewards, int(args.N))
+        metrics["bon/expected_reward"] = expected.mean().item()
+    return metrics, samples
+
+
+def rescore(task, evaluator, args):
+    """Score the task's cached reference samples with the evaluator's reward, into its folder."""
+    (source, _), (target, header) = (vbon.samples_folder(by, args) for by in (task, evaluator))
+    missing = {path.name for path in source.glob("*.jsonl") if not (target / path.name).exists()}
+    for name in tqdm(sorted(missing), desc="rescore reference samples", leave=False):
+        with (vbon.loading(f"cannot read {source / name} (remove it to sample again)"),
+              open(source / name, encoding="utf-8") as file):
+            rows = [json.loads(line) for line in file]
+            pairs = [(row["prompt"], response) for row in rows for response in row["responses"]]
+        rewards = iter(evaluator.score(*map(list, zip(*pairs))))
+        rows = [row | {"rewards": [next(rewards) for _ in row["responses"]]} for row in rows]
+        vbon.atomic_write(target / "header.json", header)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        vbon.atomic_write(target / name, "".join(lines))
+
+
+def evaluate_runs(runs, options):
+    """Test all runs, at each of --temperatures. Runs with the same models follow each other."""
+    load_task.cache_clear()
+    hash_folder.cache_clear()
+    runs = sorted(runs, key=lambda run: str([run["config"][name] for name in TASK_SETTINGS]))
+    jobs = [(run, temperature) for run in runs for temperature in options.temperatures or [None]]
+    # Messages of loading go to stderr, because stdout has the table.
+    bar = tqdm(jobs, desc="test", unit="run", leave=False)
+    with contextlib.redirect_stdout(sys.stderr), bar:
+        return [evaluate_run(run, options, temperature) for run, temperature in bar]
+
+
+# ========== 3. Reading and grouping runs =========================================================
 
 
 def read_run(folder):
-    """One run: name, settings, metrics, result and test samples. Raises UserError if it is not finished."""
+    """Read a finished run: a dict with its folder, config, result and, as "metrics", the lines of
+    metrics.jsonl. `evaluate_run` sets label and samples. Raises UserError if it is not finished."""
     def read(name):
-        with open(f"{folder}/{name}", encoding="utf-8") as file:
-            return [json.loads(line) for line in file] if name.endswith("l") else json.load(file)
-    with vbon.reading(f"{folder} is not a finished run: train it to the end, or leave it out"):
-        config = read("config.json")
+        text = Path(folder, name).read_text("utf-8")
+        return [*map(json.loads, text.splitlines())] if name.endswith("l") else json.loads(text)
+    with vbon.loading(f"{folder} is not a finished run of this version (train it again)"):
+        config, result = read("config.json"), read("result.json")
         method = METHODS[config["objective"]]
-        # What sets how far this method moves from π_ref.
+        if missing := {*TASK_SETTINGS, "temperature", "M", "sample_batch"} - config.keys():
+            raise UserError(f"{folder} is from another version, config.json lacks {min(missing)}")
+        # The setting that determines how far a method moves from the reference model.
         symbol, strength = ("β", config["beta"]) if method in ("PPO", "DPO") else ("N", config["N"])
         if method == "BOND":
             symbol, strength = "steps", config["episodes"] // config["minibatch"]
-        shared = ", shared" if config.get("estimator") == "shared" else ""
-        # Best-of-N trains nothing.
-        metrics = [] if method == "BoN" else read("metrics.jsonl")
-        return {"folder": folder, "method": method, "name": f"{method}, {symbol} = {strength:.5g}{shared}",
-                "strength": strength, "judged": "", "config": config, "metrics": metrics,
-                "result": read("result.json"), "samples": read("samples.jsonl")}
+        return {"folder": str(folder), "config": config, "result": result, "method": method,
+                "name": f"{method}, {symbol} = {strength:.5g}", "strength": strength, "label": "",
+                "metrics": [] if method == "BoN" else read("metrics.jsonl"), "samples": []}
+
+
+def read_runs(options):
+    """Read the runs of the command line. Unfinished ones are skipped with a warning."""
+    folders = dict.fromkeys(map(os.path.normpath, options.runs))
+    finished = {folder for folder in folders if Path(folder, "result.json").exists()}
+    for folder in folders:
+        if folder not in finished:
+            print(f"warning: skipped {folder}, which has no result.json", file=sys.stderr)
+    runs = [read_run(folder) for folder in folders if folder in finished]
+    if not runs:
+        raise UserError(f"at least one finished run is needed, got {', '.join(folders) or 'none'}: "
+                        "pass folders such as runs/* after training")
+    tasks = sorted({run["config"]["task"] for run in runs})
+    if len(tasks) > 1:
+        raise UserError(f"runs must be of one task, got {' and '.join(tasks)}: pass one task only")
+    if tasks == ["toy"] and (options.temperatures or options.reward or options.responses):
+        raise UserError("--temperatures, --reward and --responses need sampled text, got runs of "
+                        "the toy, where the numbers are exact: leave them out")
+    group_seeds(runs)  # refuses before any sampling
+    return runs
 
 
 def group_seeds(runs):
-    """[(name, runs)]: runs that differ in seeds and places alone, under a readable name, method by method.
-
-    Raises UserError where a seed comes twice.
-    """
+    """Group runs that differ only in their seeds: [(readable name, runs)], ordered by method.
+    Raises UserError if two runs of a group have the same seeds."""
     def order(run):
         return list(METHODS.values()).index(run["method"]), run["strength"], run["config"]["M"]
     groups = {}
     for run in sorted(runs, key=order):
-        name, ignored = run["name"], {"seed", "data_seed", *PLACES}
-        plain_ppo = run["method"] == "PPO" and not run["config"].get("critic_every")
-        if plain_ppo or run["method"] in ("BoN", "BOND"):
-            # These know nothing of F.
-            ignored |= {"M", "estimator"}
+        name, ignored = run["name"], {"seed", "data_seed", "kl_coef"} | MACHINE
+        ppo_without_samples = run["method"] == "PPO" and not run["config"].get("prefix_critic")
+        if ppo_without_samples or run["method"] in ("BoN", "BOND"):
+            ignored |= {"M", "estimator"}  # these methods do not estimate F
         else:
             name += f", M = {run['config']['M']}"
         settings = frozenset((k, str(v)) for k, v in run["config"].items() if k not in ignored)
-        groups.setdefault((name + run["judged"], settings), []).append(run)
+        groups.setdefault((name + run["label"], settings), []).append(run)
+
     named = []
     for (name, settings), members in groups.items():
-        # Rows that would share a name are told apart by the settings in which they differ.
+        # Rows of the same name also show the settings in which they differ.
         common = frozenset.intersection(*(s for n, s in groups if n == name))
-        named.append((", ".join([name, *(f"{k} = {v}" for k, v in sorted(settings - common))]), members))
+        name = ", ".join([name, *(f"{k} = {v}" for k, v in sorted(settings - common))])
+        named.append((name, members))
         seeds = {(run["config"]["seed"], run["config"]["data_seed"]) for run in members}
-        folders = ", ".join(run["folder"] for run in members)
-        need(len(seeds) == len(members), f"a seed comes twice among {folders}: leave one out")
+        if len(seeds) < len(members):
+            raise UserError("runs with the same settings must have different seeds, got "
+                            f"{', '.join(run['folder'] for run in members)}: leave one out")
     return named
 
 
 def mean_and_error(runs, key):
-    """The mean over runs and its standard error; of a single run, its own standard error over prompts."""
+    """Mean over runs and its standard error. For a single run the error is over prompts. The toy's
+    metrics are exact."""
+    if "exact/" + key in runs[0]["result"]:
+        key = "exact/" + key
     values = [run["result"][key] for run in runs]
     if len(values) == 1:
         return values[0], runs[0]["result"].get(key + "_se")
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def measured(run, key):
-    """(value, standard error) of a metric of a run: exact, without an error, where the toy knows it."""
-    return mean_and_error([run], "exact/" + key if "exact/" + key in run["result"] else key)
-
-
 def point(run, value):
     """(KL to π_ref, value) of a run."""
-    return measured(run, "kl_to_ref")[0], measured(run, value)[0]
+    return mean_and_error([run], "kl_to_ref")[0], mean_and_error([run], value)[0]
 
 
 def pareto_front(points):
-    """Which of the points (cost, value) no other one beats: a list of bools.
-
-    To beat a point is to cost at most as much, be worth at least as much, and be better in one of the two.
-    """
+    """Which points (cost, value) are on the Pareto front, a list of bools: no other point costs at
+    most as much, has at least the same value, and is better in one of the two."""
     return [not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points)
             for cost, value in points]
 
 
 def front_shares(runs, value):
-    """{method: share of the points on the common front that are its own}, as the paper reports them.
-
-    BoN itself stays out. A point that a method reaches with several seeds counts once.
-    """
-    points = dict.fromkeys((run["method"], point(run, value)) for run in runs if run["method"] != "BoN")
+    """{method: share of the points on the common Pareto front that are its}, without BoN."""
+    points = dict.fromkeys((r["method"], point(r, value)) for r in runs if r["method"] != "BoN")
     on_front = pareto_front([place for _, place in points])
     winners = [method for (method, _), wins in zip(points, on_front) if wins]
     return {method: winners.count(method) / len(winners) for method, _ in points}
 
 
-# ========== 2. Tables =====================================================================================
+# ========== 4. Tables ============================================================================
 
 
 def aligned(rows):
-    """Rows of strings as a text table, the first column to the left."""
+    """Format rows of strings as a text table, the first column left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
                      for row in rows)
 
 
 def table(groups):
-    """The groups as text. Below them Best-of-N's closed forms, for the N of the BoN runs if there are any.
-    Where every run knows the exact value of a metric, its estimate stays out."""
+    """Format groups as a table, followed by the closed forms of Best-of-N, for each N of the BoN
+    runs, or of the other methods if there are none."""
     runs = [run for _, members in groups for run in members]
-    results = [run["result"] for run in runs]
-    keys = [k for k in COLUMNS
-            if any(k in r for r in results) and not all("exact/" + k in r for r in results)]
+    keys = [key for key in COLUMNS if any(key in run["result"] for run in runs)]
 
     def cell(members, key):
         if not all(key in run["result"] for run in members):
             return ""
         mean, error = mean_and_error(members, key)
         return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
-    rows = [["", "seeds", *(COLUMNS[k] for k in keys)]]
-    rows += [[name, str(len(members)), *(cell(members, k) for k in keys)] for name, members in groups]
-    with_N = [run for run in runs if run["method"] not in ("PPO", "DPO")]
-    best = [run for run in runs if run["method"] == "BoN"]
-    for N in sorted({run["strength"] for run in best or with_N}):
-        closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}", "kl_to_bon": "0",
-                  "effective_N": f"{N:.5g}", "excess_kl": "0"}
-        cells = (closed.get(k.removeprefix("exact/"), "") for k in keys)
+    rows = [["", "seeds", *(COLUMNS[key] for key in keys)]]
+    rows += [[name, str(len(members)), *(cell(members, key) for key in keys)]
+             for name, members in groups]
+
+    best = [run for run in runs if run["method"] == "BoN"] or [
+        run for run in runs if run["method"] not in ("PPO", "DPO", "BOND")]
+    for N in sorted({run["strength"] for run in best}):
+        closed = {"win_rate": f"{bon_win_rate(N):.3f}", "kl_to_ref": f"≤ {bon_kl(N):.3f}",
+                  "kl_to_bon": "0", "effective_N": f"{N:.5g}", "excess_kl": "0"}
+        cells = (closed.get(key.removeprefix("exact/"), "") for key in keys)
         rows.append([f"BoN, N = {N:.5g}, closed forms", "", *cells])
     return aligned(rows)
 
 
-def shares_table(runs):
-    """Each method's share of the Pareto front of all."""
-    shares = [front_shares(runs, value) for value in ("win_rate", "reward")]
-    return aligned([["", "win rate", "reward"],
-                    *([method, *(f"{100 * s[method]:.0f} %" for s in shares)] for method in shares[0])])
-
-
 def write_csv(path, runs):
-    """One row per run: its folder, its settings and its results."""
-    rows = [{"run": run["folder"], "judged": run["judged"].strip(", ")} | run["config"]
-            | {"reward_model": run["config"]["reward"]} | run["result"] for run in runs]
-    names = dict.fromkeys(k for row in rows for k in row if k not in PLACES)
+    """Write one row per run: its folder, settings and results."""
+    rows = [{"run": run["folder"]}
+            | {"reward_model" if k == "reward" else k: x for k, x in run["config"].items()}
+            | run["result"] for run in runs]
+    names = dict.fromkeys(name for row in rows for name in row
+                          if name not in MACHINE and not name.startswith(("ppo/", "time/")))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    vbon.write_whole(path, text.getvalue())
+    vbon.atomic_write(path, text.getvalue())
 
 
-def show_responses(groups, number):
-    """What one run of each group answers to the first test prompts, with its rewards (Table 2)."""
+def show_responses(groups, R, number):
+    """Print a response of each group to the first test prompts (Table 2)."""
     width = max(len(name) for name, _ in groups)
-    prompts = dict.fromkeys(s["prompt"] for s in groups[0][1][0]["samples"])
-    for prompt in list(prompts)[:number]:
-        print(f"\n{prompt}")
+    for first in groups[0][1][0]["samples"][::R][:number]:
+        print(f"\n{first['prompt']}\n  reference samples: mean reward {first['ref_reward']:.2f}")
         for name, runs in groups:
-            for s in [s for s in runs[0]["samples"] if s["prompt"] == prompt][:1]:
-                print(f"  {name:<{width}}  {s['reward']:6.2f}  " + s["response"].replace("\n", " ").strip())
+            for s in [s for s in runs[0]["samples"] if s["prompt"] == first["prompt"]][:1]:
+                print(f"  {name:<{width}}  reward {s['reward']:.2f}, KL {s['kl_to_ref']:.2f} nats: "
+                      + s["response"].replace("\n", " ").strip())
 
 
-# ========== 3. Other temperatures, another judge ==========================================================
+def export_samples(folder, path):
+    """Write a samples folder as lines {"prompt", "responses", "rewards"}, the authors' format."""
+    header = Path(folder, "header.json")
+    if not header.exists() or "converted" in header.read_text("utf-8"):
+        raise UserError(f"--export needs a samples folder with responses, got {folder}")
+    samples = vbon.read_samples(folder, ("responses", "rewards"))
+    rows = [{"prompt": json.loads(prompt)} | columns for prompt, columns in samples.items()]
+    vbon.atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {sum(len(row['rewards']) for row in rows):,} samples of {len(rows):,} prompts")
 
 
-def draw_anew(run, temperature, reward):
-    """The test metrics and samples of a run at this temperature, by this reward model (None: its own).
+# ========== 5. Figures ===========================================================================
 
-    π_ref's samples, which win rates are measured against, are drawn at the same temperature and judged alike.
-    """
-    from transformers import AutoModelForCausalLM
-    script = bon_baselines if run["config"]["objective"] in bon_baselines.METHODS else vbon
-    changes = {"temperature": temperature, "overwrite": True, "resume": False}
-    with vbon.reading(f"{run['folder']}/config.json is of another version"):
-        args = script.Args(**run["config"] | changes)
-    task = judge = replace(vbon.setup(args), train_prompts=[])
-    if reward:
-        score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward)
-        judge = replace(task, score=score, reward_id=reward_id)
-        score_anew(*(vbon.samples_folder(by, args) for by in (task, judge)), score)
-    if args.objective == "bon":
-        # It chooses by the reward that it always had.
-        drawn = bon_baselines.sample_best(task, vbon.reference_samples(task, args), args)
-    else:
-        policy, _ = vbon.load("policy", AutoModelForCausalLM, f"{run['folder']}/policy", args.device)
-        drawn = vbon.sample_policy(policy, task, args)
-    metrics, samples = vbon.test_metrics(judge, *drawn, vbon.reference_samples(judge, args), args)
-    return {"result": metrics | {"temperature": temperature}, "samples": samples}
-
-
-def score_anew(source, target, score):
-    """Stores π_ref's test samples of a folder in another one, scored anew: so they need not be drawn anew."""
-    for path in tqdm(sorted(Path(source).glob("test-*.json")), desc=f"{source} -> {target}", leave=False):
-        if not Path(target, path.name).exists():
-            batch = json.loads(path.read_text("utf-8"))
-            batch["rewards"] = [score([prompt] * len(responses), responses)
-                                for prompt, responses in zip(batch["prompts"], batch["responses"])]
-            vbon.write_whole(f"{target}/{path.name}", json.dumps(batch, ensure_ascii=False))
-
-
-def judge_anew(runs, temperatures, reward):
-    """All runs, judged anew at all temperatures, or each at its own."""
-    need(all(t > 0 for t in temperatures), f"--temperatures must be above 0, not {temperatures}")
-    judge = f", judge {os.path.basename(os.path.normpath(reward))}" if reward else ""
-    anew = []
-    # What the tasks print goes where the bar is, beside the table.
-    with contextlib.redirect_stdout(sys.stderr), tqdm(runs, desc="judging", unit="run") as bar:
-        for run in bar:
-            for t in temperatures or [run["config"]["temperature"]]:
-                anew.append(run | draw_anew(run, t, reward) | {"judged": f", T = {t:g}{judge}"})
-    return anew
-
-
-# ========== 4. Figures ====================================================================================
-
-# For --against: what the figure of a key is called, and its axis.
-AXES = {"temperature": ("temperatures", "sampling temperature"),
-        "M": ("M", "M, samples of π_ref to each prompt"),
-        "seconds_sampling": ("M", "seconds to draw and score π_ref's samples")}
+BELOW = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
+         "bbox_to_anchor": (0.5, -0.16)}  # place of a legend
+DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # ticks of an axis of N
 
 
 @contextlib.contextmanager
 def picture(path, title, panels, **legend):
-    """A row of panels to draw into. Then it gets its legends and is written to the path."""
+    """Yield a row of axes to plot into, then add the legends and write the figure."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6 * panels, 4.6))
     figure.suptitle(title)
@@ -268,18 +462,13 @@ def picture(path, title, panels, **legend):
         a.grid(alpha=0.3)
         if a.get_legend_handles_labels()[1]:
             a.legend(fontsize=8, **legend)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(path)
 
 
-BELOW = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
-         "bbox_to_anchor": (0.5, -0.16)}  # a legend there
-DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # the ticks of an axis of N
-
-
 def set_ticks(axis, values):
-    """Ticks at those of the values that are in view, as plain numbers."""
+    """Set ticks at the values that are in view, as plain numbers."""
     low, high = axis.get_view_interval()
     seen = [x for x in values if low <= x <= high]
     axis.set_ticks(seen, [f"{x:g}" for x in seen])
@@ -287,13 +476,13 @@ def set_ticks(axis, values):
 
 
 def scatter(axes, runs, x, y, shares):
-    """A point for each run, with error bars where a metric is estimated. Given the methods' shares of the
-    front of all, the legend tells them, and points off their method's own front are faded."""
+    """Plot a point per run, with error bars where a metric is estimated. Given {method: share of
+    the front}, the legend shows it, and points off their method's own front are faded."""
     for i, method in enumerate(METHODS.values()):
-        found = [(measured(run, x), measured(run, y)) for run in runs if run["method"] == method]
-        style = {"fmt": "o", "color": f"C{i}", "ms": 5, "lw": 0.8}
-        if method == "BoN":
-            style |= {"fmt": "x", "color": "black"}
+        found = [(mean_and_error([run], x), mean_and_error([run], y))
+                 for run in runs if run["method"] == method]
+        marker, color = ("x", "black") if method == "BoN" else ("o", f"C{i}")
+        style = {"fmt": marker, "color": color, "ms": 5, "lw": 0.8}
         on_front = pareto_front([(cost, value) for (cost, _), (value, _) in found])
         for ((a, a_error), (b, b_error)), best in zip(found, on_front):
             axes.errorbar(a, b, b_error, a_error, **style, alpha=1 if best or not shares else 0.25)
@@ -303,175 +492,115 @@ def scatter(axes, runs, x, y, shares):
 
 
 def plot_front(path, title, runs):
-    """Figures 2, 6 and 7: win rate and reward against KL, beside Best-of-N."""
+    """Plot win rate and reward against KL, beside Best-of-N (Figures 2, 6 and 7)."""
+    labels = {"win_rate": "win rate against π_ref", "reward": "mean reward"}
     with picture(path, title, 2, **BELOW) as panels:
-        for axes, value, label in zip(panels, ("win_rate", "reward"), ("win rate over π_ref", "mean reward")):
+        for axes, value in zip(panels, labels):
             scatter(axes, runs, "kl_to_ref", value, front_shares(runs, value))
+            # The reward of Best-of-N has no closed form. A line connects its measured points.
+            line, name = sorted(point(r, value) for r in runs if r["method"] == "BoN"), None
             if value == "win_rate":
-                Ns = [1.1 ** i for i in range(80) if bon_kl(1.1 ** i) <= max(axes.get_xlim()[1], 0.1)]
-                line, name = [(bon_kl(N), bon_win_rate(N)) for N in Ns], "BoN, closed forms"
-            else:
-                # The reward has no closed form: a line through what was measured.
-                line, name = sorted(point(run, value) for run in runs if run["method"] == "BoN"), None
+                Ns, name = [1.1 ** i for i in range(80)], "BoN, closed forms"
+                line = [(bon_kl(N), bon_win_rate(N)) for N in Ns if bon_kl(N) <= axes.get_xlim()[1]]
             axes.plot([kl for kl, _ in line], [y for _, y in line], color="black", lw=1, label=name)
-            # On a scale of the square root N from 1 to 512 and strays of tens of nats fit in.
+            # A square-root scale shows N from 1 to 512 and outliers of tens of nats.
             axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x ** 2))
             axes.set_xlim(left=0)
-            axes.set(xlabel="KL(π_θ ‖ π_ref), nats", ylabel=label)
+            axes.set(xlabel="KL(π_θ ‖ π_ref), nats", ylabel=labels[value])
             set_ticks(axes.xaxis, (0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30))
 
 
 def plot_excess(path, title, runs):
-    """What each policy pays above the least price of acting like the Best-of-N nearest to it."""
+    """Plot the KL to the closest Best-of-N against its N."""
     with picture(path, title, 1) as (axes,):
         scatter(axes, runs, "effective_N", "excess_kl", {})
         axes.axhline(0, color="black", lw=1, label="BoN, exact")
-        axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="KL above Best-of-N's, nats")
+        axes.set(xscale="log", xlabel="effective N = −1 / E[log F]", ylabel="excess KL, nats")
         axes.set_yscale("symlog", linthresh=0.1)
-        axes.set_ylim(-0.05, 1.5 * axes.get_ylim()[1])
+        axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.5 * axes.get_ylim()[1])
         low, high = (math.log2(N) for N in axes.get_xlim())
         axes.set_xlim(2 ** math.floor(low), 2 ** math.ceil(high))
         set_ticks(axes.xaxis, DOUBLINGS)
 
 
-def curve(run, name):
-    """{episode: value} in training: exact at milestones, or else a running mean over 1/16 of the phases."""
-    metrics = run["metrics"]
-    exact = {m["episode"]: m["exact/" + name] for m in metrics if "exact/" + name in m}
-    points = [(m["episode"], m["objective/" + name]) for m in metrics if "objective/" + name in m]
-    width = max(1, len(points) // 16)
-    means = {points[i][0]: statistics.fmean(y for _, y in points[i - width + 1:i + 1])
-             for i in range(width - 1, len(points), max(1, width // 4))}
-    return exact or means
+# ========== 6. Command line ======================================================================
 
 
-def plot_curves(path, title, groups):
-    """Distance to Best-of-N, effective N and excess in training: mean and range over seeds."""
-    with picture(path, title, 3, **BELOW | {"ncols": 2}) as panels:
-        for axes, key in zip(panels, ("kl_to_bon", "effective_N", "excess_kl")):
-            for i, (name, runs) in enumerate(groups):
-                curves = [curve(run, key) for run in runs]
-                episodes = sorted(set.intersection(*map(set, curves)))
-                values = [[c[e] for c in curves] for e in episodes]
-                line, color = "-" if runs[0]["method"] == "vBoN" else "--", f"C{i}"
-                label = name if axes is panels[1] else None
-                axes.plot(episodes, [*map(statistics.fmean, values)], line, color=color, label=label)
-                axes.fill_between(episodes, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
-            axes.set(xlabel="episodes", ylabel=METRICS[key])
-        panels[0].set_yscale("symlog", linthresh=0.01)  # an estimate may be below 0
-        set_ticks(panels[0].yaxis, (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
-        panels[1].set_yscale("log")
-        set_ticks(panels[1].yaxis, DOUBLINGS)
+def make_parser(description):
+    """A parser with the flags of a test, to which the caller can add flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=vbon.HelpFormatter,
+                                     allow_abbrev=False)
 
-
-def plot_against(path, task, groups, key, xlabel):
-    """Figures 4 and 5: reward, win rate and KL to π_bon against a number of result.json, mean and error over
-    seeds."""
-    results = [run["result"] for _, runs in groups for run in runs]
-    need(all(isinstance(r.get(key), (int, float)) for r in results), f"not every run has a number {key}")
-    parts = ["in/", "out/"] if all("in/reward" in r and "out/reward" in r for r in results) else [""]
-    panels = [part + value for part in parts for value in ("reward", "win_rate")]
-    panels += ["kl_to_bon"] if all("kl_to_bon" in r for r in results) else []
-    with picture(path, task, len(panels)) as axes:
-        for a, value in zip(axes, panels):
-            lines = {}
-            for _, runs in groups:
-                row = mean_and_error(runs, key)[0], *mean_and_error(runs, value)
-                lines.setdefault(runs[0]["name"], []).append(row)
-            for label, rows in lines.items():
-                x, mean, error = zip(*sorted(rows, key=lambda row: row[0]))
-                a.errorbar(x, mean, [e or 0 for e in error], fmt="o-", capsize=3, label=label)
-            a.set(xlabel=xlabel, ylabel=COLUMNS[value])
-
-
-def draw_figures(start, task, runs, groups, options):
-    """The figures that these runs and options allow; `start` is the start of their paths."""
-    key = "temperature" if options.temperatures else options.against
-    if key:
-        name, label = AXES.get(key, ("against-" + key.replace("/", "-"), key))
-        plot_against(f"{start}-{name}.png", task, groups, key, label)
-    elif options.curves:
-        drawn = [(name, members) for name, members in groups if all(curve(r, "kl_to_bon") for r in members)]
-        what = "toy, exact" if task == "toy" else f"{task}, running means of the rollouts"
-        plot_curves(f"{start}.png", f"{what}: mean and range over seeds", drawn)
-    else:
-        plot_front(f"{start}-pareto.png", f"{task}: a point is a run, faded if off its method's front", runs)
-        bounds = [run for run in runs if run["method"] in ("vBoN", "L bound", "L1 bound")]
-        if len({run["method"] for run in bounds}) > 1:
-            plot_front(f"{start}-bound.png", f"{task}: vBoN (Eq. 5) against its lower bounds", bounds)
-        if all("excess_kl" in run["result"] for run in runs):
-            plot_excess(f"{start}-excess.png", f"{task}: what a policy pays above Best-of-N's price", runs)
-
-
-# ========== 5. Samples for other programs =================================================================
-
-
-def export_samples(folder, target):
-    """Writes the training samples of a folder as the authors' lines: {"prompt", "responses", "rewards"}."""
-    need(os.path.exists(f"{folder}/header.json"), f"--export {folder}: this is no folder of samples")
-    samples = vbon.read_samples(folder, ("rewards", "responses"))
-    rows = [{"prompt": prompt} | known for (split, prompt), known in samples.items() if split == "train"]
-    vbon.write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{target}: {sum(len(row['rewards']) for row in rows)} samples of {len(rows)} training prompts")
-
-
-# ========== 6. The command line ===========================================================================
-
-
-def parse_options(argv):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    add = parser.add_argument
+    def error(message):
+        raise UserError(message)
+    parser.error = error
+    parser.set_defaults(responses=0)
+    add = parser.add_argument_group("test").add_argument
     add("runs", nargs="*", help="folders of finished runs of one task")
-    add("--csv", metavar="FILE", help="write every run as a row")
-    add("--figures", metavar="DIR", help="draw the figures that these runs allow into this folder")
-    add("--responses", metavar="K", type=int, default=0, help="show the responses to K test prompts")
-    add("--reward", metavar="DIR", help="judge by this reward model, a hub name or a folder")
-    add("--export", metavar=("SAMPLES", "FILE"), nargs=2,
-        help="write a folder of samples as JSON lines of prompt, responses, rewards")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--curves", action="store_true", help="with --figures: the distance to Best-of-N in training instead")
-    add("--against", metavar="KEY", help="with --figures: metrics against this key of result.json")
-    add("--temperatures", metavar="T", type=float, nargs="+", default=[], help="sample anew at these")
-    return parser.parse_args(argv)
+    add("--test-prompts", type=int, default=512, help="number of prompts of the test split")
+    add("--test-M", type=int, default=200, help="number of reference samples per test prompt")
+    add("--test-responses", type=int, default=8, help="number of sampled responses per test prompt")
+    add("--temperatures", metavar="T", type=float, nargs="+", default=[],
+        help="sampling temperatures of policy and reference model; by default training's")
+    add("--reward", metavar="MODEL", help="another reward model, a hub name or folder")
+    add("--seed", type=int, default=0, help="seed of the sampled responses")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    add("--figures", metavar="DIR", help="folder for the figures")
+    return parser
 
 
-def judge_runs(options):
-    """Reads the runs, judges them anew if asked to, and shows them as text, CSV and figures."""
-    need(options.runs, "nothing to evaluate: name folders of runs (see --help)")
-    runs = [read_run(folder) for folder in dict.fromkeys(map(os.path.normpath, options.runs))]
-    task, *others = sorted({run["config"]["task"] for run in runs})
-    need(not others, f"runs of different tasks cannot stand in one table: {', '.join([task, *others])}")
-    need(task != "toy" or not options.reward, "--reward is another judge for --task imdb; toy's is a formula")
-    need(options.figures or not (options.curves or options.against), "--curves, --against: pass --figures")
-    need(not options.curves or any(curve(run, "kl_to_bon") for run in runs),
-         "--curves: none of these runs measured its distance to Best-of-N in training")
-    need(options.responses >= 0, f"--responses must be at least 0, not {options.responses}")
-    need(not os.path.isdir(options.csv or ""), f"--csv {options.csv} is a folder: name a file")
-    groups = group_seeds(runs)  # refuses what cannot stand in one table, before work
-    if options.temperatures or options.reward:
-        runs = judge_anew(runs, options.temperatures, options.reward)
-        groups = group_seeds(runs)
+def parse_options(parser, argv=None):
+    """Parse argv and check ranges."""
+    options = parser.parse_args(argv)
+    least = {"test_prompts": 1, "test_M": 1, "test_responses": 1, "responses": 0, "seed": 0}
+    for name, low in least.items():
+        if (value := getattr(options, name)) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if not all(0 < t < math.inf for t in options.temperatures):
+        raise UserError(f"--temperatures must be above 0, got {options.temperatures}")
+    if vbon.WORLD_SIZE > 1:
+        raise UserError("evaluation runs in one process, got torchrun: start it with python")
+    return options
+
+
+def run_evaluation(options):
+    """Test the runs and print the table. Write the CSV file, the figures and the export."""
+    if options.export:
+        export_samples(*options.export)
+        if not options.runs:
+            return
+    if os.path.isdir(options.csv or ""):
+        raise UserError(f"--csv must be a file, got the folder {options.csv}")
+    runs = evaluate_runs(read_runs(options), options)
+    task, groups = runs[0]["config"]["task"], group_seeds(runs)
 
     print(table(groups))
     if len({run["method"] for run in runs} - {"BoN"}) > 1 and not options.temperatures:
-        print("\nshare of the Pareto front\n" + shares_table(runs))
-    if options.responses:
-        show_responses(groups, options.responses)
+        win_rate, reward = (front_shares(runs, value) for value in ("win_rate", "reward"))
+        rows = [[m, f"{win_rate[m]:.0%}", f"{reward[m]:.0%}"] for m in win_rate]
+        print("\nshare of the Pareto front\n" + aligned([["", "win rate", "reward"], *rows]))
+    show_responses(groups, options.test_responses, options.responses)
     if options.csv:
         write_csv(options.csv, runs)
     if options.figures:
-        draw_figures(f"{options.figures}/{task}", task, runs, groups, options)
+        start, title = f"{options.figures}/{task}", "faded if not on its method's Pareto front"
+        plot_front(f"{start}-pareto.png", f"{task}: one point per run, {title}", runs)
+        bounds = [run for run in runs if run["method"] in ("vBoN", "L bound", "L1 bound")]
+        if len({run["method"] for run in bounds}) > 1:
+            plot_front(f"{start}-bound.png", f"{task}: vBoN (Eq. 5) and its lower bounds", bounds)
+        plot_excess(f"{start}-excess.png", f"{task}: KL to the closest Best-of-N", runs)
 
 
 def main(argv=None):
-    def run():
-        options = parse_options(argv)
-        if options.export:
-            export_samples(*options.export)
-        else:
-            judge_runs(options)
-    return vbon.run_script("evaluate.py", run)
+    def parse():
+        parser = make_parser(__doc__.partition("\n\nEach")[0])
+        add = parser.add_argument_group("output").add_argument
+        add("--csv", metavar="FILE", help="file with one row per run")
+        add("--responses", metavar="K", type=int, default=0, help="number of test prompts to show")
+        add("--export", metavar=("SAMPLES", "FILE"), nargs=2,
+            help="write a samples folder as JSON lines of prompt, responses and rewards")
+        return parse_options(parser, argv)
+    return vbon.run_script("evaluate.py", parse, run_evaluation)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the benchmarks share: flags, models, PPO phases of vbon.py, other processes, tables and CSV files.
+"""Shared by the benchmarks: flags, models, PPO iterations, processes, tables and CSV files.
 
-Without --ref, --reward and --dataset they run on models with random weights, made in a temporary folder:
-speed and memory do not depend on what a model has learned, as long as responses have the same length (random
-models almost never end one).
+Without --ref, --reward and --dataset the benchmarks use models with random weights, written to a
+temporary folder. Speed and memory do not depend on the weights as long as responses have the same
+length. Random models almost never sample EOS, so their responses have the maximal length.
 """
 import argparse
 import atexit
@@ -24,38 +24,41 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as vbon.setup does, but before there are any tensors
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in vbon.setup, but before the first tensor
 
 import torch
 
 import vbon
 
 PARTS = ("rollout", "score", "update")
-SIZES = {  # layers, width, heads, vocabulary; layers and width of the reward model
+SIZES = {  # layers, width, heads and vocabulary; layers and width of the reward model
     "mini": (4, 256, 4, 8192, 2, 192),
     "gpt2": (12, 768, 12, 50257, 6, 768),
 }
+# Shape of an iteration of --task tldr, with a small width: 8 M parameters.
+TLDR = {"size": (32, 128, 4, 6144, 2, 192), "prompt_words": (490, 490), "neox": True}
 
 
-# --- the command line ---------------------------------------------------------------------------------------
+# ---- command line -------------------------------------------------------------------------------
 
 
-def parser_of(description):
-    """An argparse parser with the flags that all benchmarks have."""
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_is)
+def make_parser(description):
+    """Return an argparse parser with the flags of all benchmarks."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ref", help="reference model, a hub name or folder; default: random weights of --size")
-    add("--reward", help="reward model, a hub name or folder; goes with --ref")
-    add("--dataset", help="prompts, a hub name, folder or .jsonl file; goes with --ref")
-    add("--size", choices=SIZES, help="of the random models; default: gpt2 on a GPU, mini on a CPU")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 [auto]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of phases [float32]")
-    add("--threads", type=positive, help="CPU threads; default: torch's own choice")
-    add("--rollouts", type=positive, default=128, help="responses per PPO phase [128]")
-    add("--max-new-tokens", type=positive, default=40, help="tokens per response [40]")
-    add("--rounds", type=positive, default=5, help="measurements of everything, after a warm-up [5]")
-    add("--csv", help="also write the numbers here")
+    add("--ref", help="reference model, a hub name or folder [random weights of --size]")
+    add("--reward", help="reward model, a hub name or folder; pass it with --ref")
+    add("--dataset", help="prompts, a hub name, folder or .jsonl file; pass it with --ref")
+    add("--size", choices=SIZES, help="size of the random models [gpt2 on a GPU, mini on a CPU]")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1 [auto]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of forward passes [float32]")
+    add("--threads", type=positive, help="number of CPU threads [torch's default]")
+    add("--rollouts", type=positive, default=128, help="responses per PPO iteration [%(default)s]")
+    add("--max-new-tokens", type=positive, default=40, help="tokens per response [%(default)s]")
+    add("--rounds", type=positive, default=5, help="measured rounds after a warm-up [%(default)s]")
+    add("--csv", help="file to write the numbers to")
     return parser
 
 
@@ -67,15 +70,19 @@ def positive(text):
 
 
 def parse(parser, argv=None, own=("ref", "reward", "dataset")):
-    """The options, checked as far as they can be before anything is loaded. `own` go together."""
+    """Parse the options and check them before anything is loaded. The flags `own` go together."""
     options = parser.parse_args(argv)
     given = [bool(getattr(options, name)) for name in own]
-    vbon.need(all(given) or not any(given), f"--{', --'.join(own)}: pass all, or none for random models")
-    vbon.need(not options.csv or os.path.isdir(os.path.dirname(options.csv) or "."),
-              f"--csv {options.csv}: there is no such folder")
+    if any(given) and not all(given):
+        raise vbon.UserError(f"--{', --'.join(own)}: pass all, or none for random models")
+    if options.csv and not os.path.isdir(os.path.dirname(options.csv) or "."):
+        raise vbon.UserError(f"--csv {options.csv}: the folder must exist")
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.device = vbon.pick_device(options.device)
+    if options.device == "auto":
+        options.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    with vbon.loading(f"--device {options.device}"):
+        options.device = str(torch.empty(0, device=options.device).device)
     options.size = options.size or ("gpt2" if options.device.startswith("cuda") else "mini")
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -84,109 +91,142 @@ def parse(parser, argv=None, own=("ref", "reward", "dataset")):
 
 
 def run(main):
-    """Calls main(), telling the user's errors in one line with exit code 2."""
-    sys.exit(vbon.run_script(os.path.basename(sys.argv[0]), main))
+    """Call main(). A user's mistake is printed as one line, with exit code 2."""
+    sys.exit(vbon.run_script(os.path.basename(sys.argv[0]), lambda: None, lambda _: main()))
 
 
-# --- models -------------------------------------------------------------------------------------------------
+def vbon_args(flags):
+    """Parse a list of vbon.py's flags."""
+    parser = vbon.make_parser(vbon.RECIPES, "", flags)
+    parser.add_argument("--objective", choices=vbon.OBJECTIVES, default="vbon")
+    return vbon.parse_args(parser, vbon.derive, flags)
 
 
-def flags_of(options, folder, shape=None):
-    """vbon.py's flags for the options. Where they name no models, makes random ones in the folder."""
+# ---- models -------------------------------------------------------------------------------------
+
+
+def flags_of(options, folder, size=None, **shape):
+    """Return vbon.py's flags for the options. Without --ref, write random models to the folder.
+
+    Args: size, like a value of SIZES, by default that of --size; shape, passed to `make_models`.
+    """
     if not options.ref:
-        make_models(folder, *(shape or SIZES[options.size]), positions=max(128, options.max_new_tokens + 16))
+        longest = max(shape.get("prompt_words", (8,))) + options.max_new_tokens + 8
+        make_models(folder, *(size or SIZES[options.size]), positions=max(128, longest), **shape)
         options.ref, options.reward = f"{folder}/ref", f"{folder}/reward"
         options.dataset = f"{folder}/prompts.jsonl"
-    flags = {"task": "imdb", "ref": options.ref, "reward": options.reward, "dataset": options.dataset,
-             "device": options.device, "dtype": options.dtype, "max-new-tokens": options.max_new_tokens,
-             "train-prompts": 256, "test-prompts": 8, "rollouts": options.rollouts,
-             "minibatch": min(32, options.rollouts), "ppo-epochs": 4,
-             "critic-every": 0, "token-step": 0,  # the paper's PPO
-             "episodes": 1_000_000, "out": f"{folder}/run",
-             "samples": f"{folder}/samples"}
+    flags = {"task": "imdb", "ref": options.ref, "reward": options.reward,
+             "dataset": options.dataset, "device": options.device, "dtype": options.dtype,
+             "max-new-tokens": options.max_new_tokens, "train-prompts": 256,
+             "rollouts": options.rollouts, "minibatch": min(32, options.rollouts), "ppo-epochs": 4,
+             "prefix-critic": 0, "token-bias-lr": 0,  # the paper's PPO
+             "episodes": 1_000_000, "out": f"{folder}/run", "samples": f"{folder}/samples"}
     return [text for name, value in flags.items() for text in ("--" + name, str(value))]
 
 
-def make_models(folder, layers, width, heads, vocab, reward_layers, reward_width, positions):
-    """A GPT-2 and a DistilBERT of random weights, words w1, w2, …, and 512 prompts of 2 to 8 words."""
+def make_models(folder, layers, width, heads, vocab, reward_layers, reward_width, positions,
+                prompt_words=(2, 8), neox=False):
+    """Write a GPT-2 (or GPT-NeoX) and a DistilBERT with random weights, and 512 prompts of random
+    words w1, w2, …, of a random length in the range `prompt_words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config,
-                              GPT2LMHeadModel, PreTrainedTokenizerFast)
+                              GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM,
+                              PreTrainedTokenizerFast)
     words = {"<eos>": 0} | {f"w{i}": i for i in range(1, vocab)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>",
-                                        model_max_length=positions)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>",
+                                        pad_token="<eos>", model_max_length=positions)
     torch.manual_seed(0)
-    ref = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab, n_positions=positions, n_embd=width, n_layer=layers, n_head=heads,
-        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    if neox:
+        ref = GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=vocab, max_position_embeddings=positions, hidden_size=width,
+            intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+            bos_token_id=0, eos_token_id=0))
+    else:
+        ref = GPT2LMHeadModel(GPT2Config(
+            vocab_size=vocab, n_positions=positions, n_embd=width, n_layer=layers, n_head=heads,
+            bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     reward = DistilBertForSequenceClassification(DistilBertConfig(
-        vocab_size=vocab, max_position_embeddings=positions, dim=reward_width, hidden_dim=4 * reward_width,
-        n_layers=reward_layers, n_heads=reward_width // 32, id2label={0: "NEGATIVE", 1: "POSITIVE"},
-        label2id={"NEGATIVE": 0, "POSITIVE": 1}))
+        vocab_size=vocab, max_position_embeddings=positions, dim=reward_width,
+        hidden_dim=4 * reward_width, n_layers=reward_layers, n_heads=reward_width // 32,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}))
     for name, model in (("ref", ref), ("reward", reward)):
         model.save_pretrained(f"{folder}/{name}")
         tokenizer.save_pretrained(f"{folder}/{name}")
     rng = random.Random(0)
     with open(f"{folder}/prompts.jsonl", "w", encoding="utf-8") as file:
         for _ in range(512):
-            prompt = " ".join(f"w{rng.randrange(1, vocab)}" for _ in range(rng.randint(2, 8)))
+            count = rng.randint(*prompt_words)
+            prompt = " ".join(f"w{rng.randrange(1, vocab)}" for _ in range(count))
             file.write(json.dumps({"prompt": prompt}) + "\n")
 
 
 def stock(lm):
-    """A copy of the model as transformers builds it, for the peers: vbon.py puts a faster GELU in."""
+    """Copy the model as transformers builds it, because vbon.py replaces its GELU."""
     with torch.device(lm.device):
         copy = type(lm)(lm.config)
     copy.load_state_dict(lm.state_dict())
     return copy.eval()
 
 
-# --- PPO phases of vbon.py ----------------------------------------------------------------------------------
+# ---- PPO iterations of vbon.py ------------------------------------------------------------------
 
 
 def learner(flags, M=200):
-    """All that a PPO phase takes. The rewards of π_ref's samples are made up: a phase does not notice."""
-    args = vbon.parse_args([*flags, "--M", str(M)])
+    """Return everything that a PPO iteration takes. The rewards of the reference samples are random
+    numbers, which does not change the time of an iteration."""
+    args = vbon_args([*flags, "--M", str(M)])
     task = vbon.setup(args)
     torch.manual_seed(0)
-    policy = vbon.make_policy(task.ref, args.unfrozen_layers, args.token_step > 0)
-    critic = vbon.make_critic(policy, args)
-    counts = torch.zeros(len(policy.get_output_embeddings().weight), dtype=torch.double)
-    trained = [*policy.parameters()] + ([] if args.critic_every else [*critic.parameters()])
+    policy = vbon.make_policy(task.ref, args.unfrozen_layers, own_output=args.token_bias_lr > 0)
+    vocabulary, width = policy.get_output_embeddings().weight.shape
+    value_head = None if args.prefix_critic else torch.nn.Sequential(
+        torch.nn.Linear(width, 2 * width), torch.nn.ReLU(), torch.nn.Linear(2 * width, 1))
+    if value_head is not None:
+        value_head.to(args.device)
+    P = len(task.prompts)
     return SimpleNamespace(
-        args=args, task=task, policy=policy, critic=critic, counts=counts,
-        ref_rewards={p: torch.rand(M, dtype=torch.double).sort().values for p in task.train_prompts},
-        optimizer=vbon.make_optimizer(trained, args),
-        generator=torch.Generator(args.device), stream=vbon.shuffled(task.train_prompts, 0))
+        args=args, task=task, policy=policy, value_head=value_head,
+        token_counts=torch.zeros(vocabulary, dtype=torch.double),
+        ref_rewards=torch.rand(P, M, dtype=torch.double),
+        optimizer=vbon.make_optimizer([policy, value_head], args),
+        generator=torch.Generator(args.device), order=vbon.shuffled(range(P), 0))
 
 
-def phase(l, prompts=None, **changed):
-    """One PPO phase: its metrics, and its "seconds" and "processor" time. `changed`: settings such as N."""
+def iteration(l, rows=None, **changed):
+    """Run one PPO iteration of a learner on the prompts `rows`, by default the next ones.
+
+    Args: changed, settings such as N.
+    Returns: metrics, with the wall time ("seconds") and the processor time ("processor").
+    """
     vars(l.args).update(changed)
-    prompts = prompts or list(itertools.islice(l.stream, l.args.rollouts))
-    ref_rewards = torch.stack([l.ref_rewards[p] for p in prompts])
+    rows = rows or list(itertools.islice(l.order, l.args.rollouts))
+    prompts = [l.task.prompts[i] for i in rows]
     start, busy = clock(l.args.device), time.process_time()
-    rollout, metrics = vbon.collect(l.policy, l.critic, l.task, prompts, ref_rewards, l.args, l.generator)
-    metrics |= vbon.update(l.policy, l.critic, l.counts, l.optimizer, rollout, l.args, l.generator)
-    return metrics | {"seconds": clock(l.args.device) - start, "processor": time.process_time() - busy}
+    rollout, metrics = vbon.collect(l.policy, l.value_head, l.task, prompts, l.ref_rewards[rows],
+                                    l.args, l.generator)
+    metrics |= vbon.update(l.policy, l.value_head, l.optimizer, rollout, l.token_counts, l.args,
+                           l.generator)
+    return metrics | {"seconds": clock(l.args.device) - start,
+                      "processor": time.process_time() - busy}
 
 
 def clock(device):
-    """Seconds, once the device has done all that it was asked for."""
+    """Return the time in seconds after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def memory_mb(device, peak=True):
-    """(Peak) memory of this process, MB: what torch holds of a GPU, else what is resident.
+    """Return the (peak) memory of this process in MB: GPU memory of torch, or resident memory.
 
-    On Linux VmHWM, which starts afresh with a program; ru_maxrss would count what the parent process held.
+    On Linux it is VmHWM, because ru_maxrss includes memory of the parent process.
     """
     if device.startswith("cuda"):
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2 ** 20
+        measured = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return measured(device) / 2 ** 20
     try:
         with open("/proc/self/status", encoding="utf-8") as file:
             name = "VmHWM" if peak else "VmRSS"
@@ -198,19 +238,19 @@ def memory_mb(device, peak=True):
 
 
 def reset_peak(device):
-    """Lets peak memory start afresh, where that can be done: on a GPU and on Linux."""
+    """Reset the peak memory. This works on a GPU and on Linux."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # else what was freed before would count
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # return freed memory to the system
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")
 
 
 def matmul_rate(rows, inner, columns, device, dtype="float32", seconds=0.2):
-    """FLOP/s of torch's matrix product (rows, inner) × (inner, columns)."""
-    kind = getattr(torch, dtype)
-    a, b = (torch.randn(*shape, device=device, dtype=kind) for shape in ((rows, inner), (inner, columns)))
+    """Return the FLOP/s of torch's matrix product (rows, inner) × (inner, columns)."""
+    kind = {"device": device, "dtype": getattr(torch, dtype)}
+    a, b = torch.randn(rows, inner, **kind), torch.randn(inner, columns, **kind)
     out = a @ b
     count, repeats, spent = 0, 1, 0.0
     while spent < seconds:
@@ -222,12 +262,14 @@ def matmul_rate(rows, inner, columns, device, dtype="float32", seconds=0.2):
     return 2 * rows * inner * columns * count / spent
 
 
-# --- other processes: JSON, a line for a line ---------------------------------------------------------------
+# ---- other processes: one line of JSON per request and answer ----------------------------------
 
 
 class Side:
-    """Another process, in a session of its own. It speaks first, once it has loaded, then answers requests.
-    Its stderr is kept, to tell why it ended."""
+    """Another process, in a session of its own.
+
+    It sends one answer after loading, then one per request. Its stderr is captured for errors.
+    """
 
     def __init__(self, name, command, environment=None):
         self.name, self.log = name, tempfile.TemporaryFile("w+", errors="replace")
@@ -241,7 +283,7 @@ class Side:
         self.first = self.answer()
 
     def ask(self, request):
-        with suppress(BrokenPipeError):  # then there is no answer either
+        with suppress(BrokenPipeError):  # `answer` reports it
             print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.answer()
 
@@ -250,52 +292,54 @@ class Side:
         if line:
             return json.loads(line)
         self.log.seek(0)
-        said = [text.strip() for text in self.log if text.strip()] or ["it said nothing"]
+        said = [text.strip() for text in self.log if text.strip()] or ["no output"]
         reason = ([text for text in said if "Error" in text] or said)[-1]
-        raise vbon.UserError(f"{self.name}: its process ended: {reason[:300]}")
+        raise vbon.UserError(f"{self.name}: the process ended: {reason[:300]}")
 
     def signal(self, number):
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
     def stop(self):
-        """Ends the process and all that it started."""
+        """Kill the process and its children."""
         self.signal(signal.SIGKILL)
         self.process.wait()
 
 
 def answers():
-    """For the other process: a function that sends an answer. What is printed from now on goes to stderr."""
+    """Return a function that sends an answer to the parent process. Redirects stdout to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return lambda message: print(json.dumps(message), file=out, flush=True)
 
 
-# --- what is shown ------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------
 
 
 def cpu_name():
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            names = (line.split(":", 1)[1] for line in file if line.startswith("model name"))
+            return next(names).strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def machine(device):
-    """One line that says what the numbers were measured on."""
+    """Return one line with the CPU, the GPU and torch's version."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
     versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     return f"{cpu_name()}, {os.cpu_count()} cores{gpu}, {versions}"
 
 
 def spread(values, digits=2):
-    """'median (lowest–highest)'."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    """Format values as 'median (lowest–highest)'."""
+    median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{median} ({low}–{high})"
 
 
 def table(rows):
-    """Rows, dicts with the same keys, as aligned columns: the first to the left, the others to the right."""
+    """Print rows, dicts with the same keys, as aligned columns."""
     def text(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
     cells = [list(rows[0])] + [list(map(text, row.values())) for row in rows]
@@ -306,7 +350,7 @@ def table(rows):
 
 
 def write_csv(path, rows, **same):
-    """Rows to a file, with what is the same in all; under a temporary name first, so that it is whole."""
+    """Write rows to a CSV file. `same` are columns with one value. The write is atomic."""
     if not path:
         return
     with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""How many samples F needs, from a folder of π_ref's samples (Table 1), and what log F̂ looks like (Figure 3).
+"""Test how many reference samples F needs (Table 1), and plot log F̂ (Figure 3).
 
-    python results/log_F.py samples/imdb-…                    # a folder with 600 samples to a prompt
-    python results/log_F.py samples/imdb-… figures            # … and figures/log_F.png
+    python results/log_F.py samples/imdb-…                    # folder with 600 samples per prompt
+    python results/log_F.py samples/imdb-… figures            # and write figures/log_F.png
 """
+import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,41 +18,49 @@ import vbon
 
 
 def kolmogorov_smirnov(a, b):
-    """The two-sample statistic sup |F_a − F_b|, and its p-value by the limit law (Numerical Recipes 14.3)."""
+    """Return the two-sample statistic sup |F_a − F_b| and its asymptotic p-value.
+
+    Numerical Recipes, 14.3. Args: a (n,), b (m,).
+    """
     both = torch.cat([a, b])
     F_a, F_b = (torch.searchsorted(x.sort().values, both, right=True) / len(x) for x in (a, b))
     D, n = (F_a - F_b).abs().max().item(), len(a) * len(b) / (len(a) + len(b))
     x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * D
-    p = 1.0 if x < 0.2 else 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
+    if x < 0.2:
+        return D, 1.0
+    p = 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
     return D, min(1.0, max(0.0, p))
 
 
-def samples_needed(path, folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
-    """Table 1: F̂ of a prompt's first M samples against F̂ of its first 600. And Figure 3, into the folder.
+def samples_needed(folder, Ms=(5, 20, 32, 100, 200, 250), most=600):
+    """Print Table 1: F̂ of the first M samples of a prompt against F̂ of its first 600.
 
-    The M are among the 600, as in the paper: were they others, a test at 5 % would reject 5 % at every M.
+    The M are among the 600, as in the paper. With other samples, a test at 5 % would reject 5 % at
+    every M. Returns: [(prompt, its 600 rewards)].
     """
-    samples = vbon.read_samples(path)
-    drawn = [(prompt, torch.tensor(known["rewards"][:most], dtype=torch.double))
-             for (_, prompt), known in samples.items() if len(known["rewards"]) >= most]
-    vbon.need(drawn, f"{path} has no prompt with {most} samples: draw them with vbon.py --M {most}")
+    samples = vbon.read_samples(folder)
+    found = [(json.loads(key), torch.tensor(columns["rewards"][:most], dtype=torch.double))
+             for key, columns in samples.items() if len(columns["rewards"]) >= most]
+    if not found:
+        raise vbon.UserError(f"{folder} must have a prompt with {most} samples: generate them with "
+                             f"vbon.py --M {most}")
     rows = [["M", "rejected at 5 %", "mean statistic", "mean p", "mean statistic of all"]]
     for M in Ms:
-        tests = torch.tensor([kolmogorov_smirnov(r[:M], r) for _, r in drawn])
+        tests = torch.tensor([kolmogorov_smirnov(r[:M], r) for _, r in found])
         rejected = tests[tests[:, 1] < 0.05]
         means = [f"{x:.2f}" for x in rejected.mean(0)] if len(rejected) else ["", ""]
         share = f"{100 * len(rejected) / len(tests):.2f} %"
         rows.append([str(M), share, *means, f"{tests[:, 0].mean():.3f}"])
-    print(f"{len(drawn)} prompts, F̂_M against F̂_{most} (Table 1)\n" + evaluate.aligned(rows))
-    if folder:
-        plot_log_F(f"{folder}/log_F.png", drawn, (10, 50, 100, 200, most))
+    print(f"{len(found)} prompts, F̂_M against F̂_{most} (Table 1)\n" + evaluate.aligned(rows))
+    return found
 
 
-def plot_log_F(path, drawn, Ms):
-    """Figure 3: log F̂ from M samples, of the prompts with the lowest, middle and highest mean reward."""
-    drawn = sorted(drawn, key=lambda pair: pair[1].mean().item())
-    kinds = {"negative": drawn[0], "neutral": drawn[len(drawn) // 2], "positive": drawn[-1]}
-    with evaluate.picture(path, "log F̂ from M samples of π_ref (Figure 3)", 3) as axes:
+def plot_log_F(path, found, Ms=(10, 50, 100, 200, 600)):
+    """Plot Figure 3: log F̂ from M samples, for the prompts with the lowest, the median and the
+    highest mean reward."""
+    found = sorted(found, key=lambda pair: pair[1].mean().item())
+    kinds = {"negative": found[0], "neutral": found[len(found) // 2], "positive": found[-1]}
+    with evaluate.picture(path, "log F̂ from M reference samples (Figure 3)", 3) as axes:
         for a, (kind, (prompt, r)) in zip(axes, kinds.items()):
             grid = torch.linspace(r.min(), r.max(), 400, dtype=torch.double)
             for M in Ms:
@@ -59,13 +69,24 @@ def plot_log_F(path, drawn, Ms):
             a.set(xlabel="reward", ylabel="log F̂, nats", title=f"{kind}: {prompt!r}")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def run(options):
+    found = samples_needed(options.samples)
+    if options.figures:
+        plot_log_F(f"{options.figures}/log_F.png", found)
 
-    def run():
-        vbon.need(len(argv) in (1, 2), "name a folder of samples, and one if you want the figure")
-        samples_needed(argv[0], argv[1] if argv[1:] else None)
-    return vbon.run_script("log_F.py", run)
+
+def main(argv=None):
+    def parse():
+        parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+        def error(message):
+            raise vbon.UserError(message)
+        parser.error = error
+        parser.add_argument("samples", help="folder of cached samples")
+        parser.add_argument("figures", nargs="?", help="folder for the figure")
+        return parser.parse_args(argv)
+    return vbon.run_script("log_F.py", parse, run)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs the commands on stdin, one a line, each with this script's arguments added to it. JOBS of them (2) run
-# at a time, with one thread each:
+# Run the commands on stdin, one per line, each with the arguments of this script added. JOBS (2) of
+# them run at a time, with one thread each:
 #
-#   echo "python vbon.py --N 4 --out sweeps/try/N4" | JOBS=1 results/run_jobs.sh --M 100
+#   echo "python vbon.py --N 4 --resume --out sweeps/try/N4" | JOBS=1 results/run_jobs.sh --M 100
 #
-# Every line names its --out. A run whose folder holds result.json is finished, whatever flags it had, and is
-# skipped. What a run prints goes to log.txt in its folder. A run that fails is named and stops no other one;
-# the exit status is then 1.
+# Every line must have an --out. A run whose folder holds result.json is finished and is skipped,
+# whatever its flags are. --resume continues an unfinished one. The output of a run goes to log.txt
+# in its folder. If a run fails, its name is printed and the others continue; the exit status is 1.
 set -eo pipefail
 export OMP_NUM_THREADS=1
 
-run() {  # the arguments for all lines, then the line
+run() {  # arguments for all lines, then the line
     local line=${!#} out
     out=${line##*--out }
     out=${out%% *}
@@ -26,6 +26,6 @@ run() {  # the arguments for all lines, then the line
 export -f run
 
 tr '\n' '\0' | xargs -0 -n 1 -P "${JOBS:-2}" bash -c 'run "$@"' run "$@" || {
-    echo "run_jobs.sh: not every run is finished; the same command goes on from here" >&2
+    echo "run_jobs.sh: some runs are not finished, the same command continues them" >&2
     exit 1
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real pretrained language model, SmolLM2-135M-Instruct, on imdb's prompts with the small reward: vBoN and PPO
-# on the reward for forty phases, for results/smollm2.*. 2 runs, 45 minutes of one core in all.
+# A pretrained language model, SmolLM2-135M-Instruct, on imdb's prompts with the small reward model:
+# vBoN and PPO for forty iterations, for results/smollm2.*. 2 runs, 45 minutes on one core in all.
 #
-#   REF=DIR REWARD=DIR IMDB=DIR results/smollm2.sh      # REF: the folder of HuggingFaceTB/SmolLM2-135M-Instruct
+#   REF=DIR REWARD=DIR IMDB=DIR results/smollm2.sh    # REF: HuggingFaceTB/SmolLM2-135M-Instruct
 set -eo pipefail
 cd "$(dirname "$0")/.."
 : "${REF:?is not set: name the folder of SmolLM2}"
@@ -12,7 +12,8 @@ out=sweeps/smollm2
 {
     echo "python vbon.py --N 16 --resume --out $out/vbon-seed0"
     echo "python vbon.py --objective rlhf --beta 0.03 --resume --out $out/rlhf-beta0.03-seed0"
-} | JOBS=1 results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" --train-prompts 128 \
-    --test-prompts 32 --test-M 64 --max-new-tokens 24 --episodes 5120 --M 32 --estimator shared "$@"
+} | JOBS=1 results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" \
+    --train-prompts 128 --max-new-tokens 24 --episodes 5120 "$@"
 
-python evaluate.py $out/* --responses 6 --csv results/smollm2.csv | tee results/smollm2.txt
+python evaluate.py $out/* --test-prompts 32 --test-M 64 --responses 6 --csv results/smollm2.csv |
+    tee results/smollm2.txt

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Figure 4: how the quality of vBoN, N = 10, grows with M, for results/toy-M.* and figures/toy-M.png.
-# 21 runs, 12 minutes of one core. Arguments are added to every run.
+# Figure 4: quality of vBoN with N = 10 against M, for results/toy-M.* and figures/toy-M.png.
+# 21 runs, 12 minutes on one core. Arguments are added to every run.
 #
-# The seeds are of the samples too: M governs their noise. Every run draws its samples into a folder of its own,
-# so that its result.json holds the seconds that sampling took, the test samples included. With JOBS=1 no other
-# run disturbs them. A run that was stopped while it drew holds the time of the rest only: remove its samples,
-# and its folder, to time it anew.
+# --data-seed differs too, because M sets the noise of the samples. Every run has its own samples
+# folder, so that its result.json holds the seconds of sampling. Pass JOBS=1 to time them without
+# other runs. If a run is stopped while it samples, its time is too small: remove its samples and
+# its folder to measure it again.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 out=sweeps/toy-M
@@ -19,5 +19,5 @@ out=sweeps/toy-M
     done
 } | results/run_jobs.sh --task toy --episodes 24576 --rollouts 1024 "$@"
 
-python evaluate.py $out/* --figures figures --against seconds_sampling --csv results/toy-M.csv |
-    tee results/toy-M.txt
+python evaluate.py $out/* --csv results/toy-M.csv | tee results/toy-M.txt
+python results/curves.py $out/* --against seconds_sampling --figures figures
