@@ -523,9 +523,9 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     metrics = {"reward": scores, "kl_to_ref": log_pi - log_ref, "entropy": -log_pi,
                "length": mask.sum(1).double()}
     if ref_rewards.shape[1]:
-        log_bon = log_bon_pmf(estimate_log_F(scores, ref_rewards), log_ref, args.N)
-        metrics["kl_to_bon"] = log_pi - log_bon
         metrics["win_rate"] = mid_ranks(scores, ref_rewards) / ref_rewards.shape[1]
+        log_bon = log_bon_pmf(estimate_log_F(scores, ref_rewards), log_ref, args.N)
+        metrics["kl_to_bon"] = log_pi - log_bon  # noisy, and too low where F̂ + p exceeds 1
     return rollout, {f"objective/{name}": x.mean().item() for name, x in metrics.items()} | {
         "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
 
@@ -716,8 +716,9 @@ def save_run(args, task, policy, result):
     settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
     atomic_write(f"{args.out}/result.json", json.dumps(settings | result, indent=2) + "\n")
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
-    print("means over the last sixteenth of training: " + ", ".join(
-        f"{k[10:]} {x:.3f}" for k, x in result.items() if k.startswith("objective/")))
+    shown = {k: means.get("objective/" + k) for k in ("reward", "kl_to_ref", "win_rate", "loss")}
+    print("means over the last sixteenth of training: "
+          + ", ".join(f"{k} {x:.3f}" for k, x in shown.items() if x is not None))
     print(f"finished in {result['seconds']:.0f} s; to test it: python evaluate.py {args.out}")
     return settings | result
 
