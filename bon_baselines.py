@@ -336,9 +336,6 @@ def derive(args):
     """Check flags that depend on each other, raise M to what N needs, set --out."""
     if vbon.WORLD_SIZE > 1:
         raise UserError("bon_baselines.py runs in one process: start it without torchrun")
-    if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
-        raise UserError("toy has its own models, prompts and at most 4 tokens: for --ref, --reward "
-                        "and --dataset pass --task imdb")
     if args.objective not in ("dpo", "bond") and args.N != int(args.N):
         raise UserError(f"--N must be a whole number for {args.objective}, got {args.N}")
     for name, least, most in ("beta", 1e-9, 1e9), ("alpha", 0, 1), ("eta", 0, 1), ("gamma", 0, 1e9):

@@ -649,7 +649,8 @@ def atomic_write(path, text):
 def open_run(args):
     """Write config.json. Without --resume, first remove what an earlier run left in --out."""
     if RANK == 0:
-        names = () if args.resume else ("result.json", "checkpoint.pt", "policy", "eval-*.json")
+        names = () if args.resume else (
+            "result.json", "checkpoint.pt", "metrics.jsonl", "policy", "eval-*.json")
         for path in itertools.chain(*map(Path(args.out).glob, names)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         atomic_write(f"{args.out}/config.json", json.dumps(vars(args), indent=2) + "\n")
@@ -1415,6 +1416,9 @@ def parse_args(parser, derive, argv=None):
     if not args.minibatch <= args.rollouts <= args.episodes:
         raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, got "
                         f"{args.minibatch}, {args.rollouts}, {args.episodes}")
+    if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
+        raise UserError("--task toy has its own models and prompts and at most 4 tokens: for other "
+                        "ones pass --task imdb")
     derive(args)
 
     # A run is resumed with its own settings. A flag that differs from them is an error.
@@ -1428,6 +1432,7 @@ def parse_args(parser, derive, argv=None):
         saved = json.loads(path.read_text("utf-8"))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    derive(args)
     for name in saved.keys() - {"device", "samples", "save_every", "resume", "overwrite", "out"}:
         if getattr(args, name) != saved[name]:
             raise UserError(f"--resume: {path} has {name} = {saved[name]}, "
@@ -1438,9 +1443,6 @@ def parse_args(parser, derive, argv=None):
 def derive(args):
     """Check flags that depend on each other, and set --beta, the KL coefficient and --out."""
     rlhf = args.objective == "rlhf"
-    if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
-        raise UserError("--task toy has its own models and prompts and at most 4 tokens: for other "
-                        "ones pass --task imdb")
     if args.beta is None and args.N > 1:
         args.beta = 1 / (args.N - 1)
     if rlhf and args.beta is None:
@@ -1449,7 +1451,7 @@ def derive(args):
         raise UserError(f"--estimator smooth needs --M of at least 3, got {args.M}")
     if (args.objective, args.estimator) == ("bound1", "log_mean"):
         raise UserError("--objective bound1 needs a finite log F: pass --estimator add_one")
-    if args.N > args.M and not rlhf:
+    if args.N > args.M and not rlhf and not args.resume:
         print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, which costs "
               f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
     args.kl_coef = args.beta if rlhf else 1 / args.N
