@@ -67,7 +67,8 @@ def random_distribution(S, seed, concentration=1.0):
 # ========== Structure of the files ===============================================================
 
 
-def test_the_loop_needs_little_from_below_and_functions_are_short():
+def test_structure_of_the_files():
+    """The loop needs little from below. Functions and lines are short."""
     body = ast.parse((HERE / "vbon.py").read_text("utf-8")).body
     places = {node.name: node for node in body if hasattr(node, "name")}
     places |= {target.id: node for node in body if isinstance(node, ast.Assign)
@@ -111,15 +112,6 @@ def test_pure_functions_work_alone():
 # ========== Mathematics: the PMF and the objectives ==============================================
 
 
-@pytest.mark.parametrize("N", [1, 2, 3, 5])
-def test_pmf_is_the_frequency_over_all_N_tuples(N):
-    p, F = random_distribution(5, N)
-    expected = torch.zeros(5, dtype=torch.double)
-    for group in itertools.product(range(5), repeat=N):
-        expected[max(group)] += math.prod(p[i].item() for i in group)
-    close(vbon.log_bon_pmf(F.log(), p.log(), N).exp(), expected)
-
-
 def exact_log_pmf(log_F, log_p, N):
     with mpmath.workdps(60):
         F = mpmath.exp(mpmath.mpf(log_F)) if log_F > -INF else mpmath.mpf(0)
@@ -148,7 +140,14 @@ def test_pmf_and_its_gradient_agree_with_50_digit_arithmetic():
     assert torch.autograd.gradcheck(lambda a, b: vbon.log_bon_pmf(a, b, 7.5), inputs)
 
 
-def test_pmf_has_no_nan_broadcasts_and_keeps_its_dtype():
+def test_pmf_is_the_frequency_over_all_N_tuples():
+    p, F = random_distribution(5, 0)
+    for N in (1, 2, 3, 5):
+        expected = torch.zeros(5, dtype=torch.double)
+        for group in itertools.product(range(5), repeat=N):
+            expected[max(group)] += math.prod(p[i].item() for i in group)
+        close(vbon.log_bon_pmf(F.log(), p.log(), N).exp(), expected)
+    # It has no NaN, broadcasts, and keeps its dtype.
     log_F, log_p = torch.tensor([[-INF, -INF, -1.0, 0.0], [-INF, 0.0, -INF, -INF]])
     values = vbon.log_bon_pmf(log_F, log_p, 16)
     assert values.tolist() == [-INF, 0.0, -INF, -INF] and values.dtype == torch.float32
@@ -170,10 +169,6 @@ def test_closed_forms_effective_N_and_mid_ranks():
     kl, win_rate = ((log_bon.exp() * x).sum().item() for x in (log_bon - p.log(), F + p / 2))
     assert kl == pytest.approx(vbon.bon_kl(N), abs=1e-3)
     assert win_rate == pytest.approx(vbon.bon_win_rate(N), abs=1e-4)
-    p, F = random_distribution(20, 5)  # where responses have mass the KL is an upper bound
-    log_bon = vbon.log_bon_pmf(F.log(), p.log(), N)
-    assert (log_bon.exp() * (log_bon - p.log())).sum().item() < vbon.bon_kl(N)
-
     for N in (1, 2.5, 16, 512):
         assert vbon.effective_N(-1 / N) == pytest.approx(N)
         assert vbon.excess_kl(vbon.bon_kl(N), -1 / N) == pytest.approx(0, abs=1e-12)
@@ -220,15 +215,12 @@ def test_rewards_of_unlikely_responses_and_at_N_1():
                 vbon.vbon_reward(log_F, log_p, N, objective)
     with pytest.raises(ValueError, match="bound1"):
         vbon.vbon_reward(log_F, log_p, 2, "rlhf")
-
-
-@pytest.mark.parametrize("objective", vbon.OBJECTIVES)
-@pytest.mark.parametrize("estimator", vbon.ESTIMATORS)
-def test_terminal_rewards_distinguish_responses_after_the_clip(objective, estimator):
+    # The clip leaves the rewards of long responses distinct.
     scores, ref = doubles([0.2, 0.5, 0.9], [[0.1, 0.3, 0.6, 0.8]] * 3)
-    args = types.SimpleNamespace(objective=objective, estimator=estimator, N=16)
-    rewards = vbon.terminal_reward(scores, ref, doubles([-180.0] * 3), args)  # of long responses
-    assert rewards[0] < rewards[1] < rewards[2]
+    for objective, estimator in itertools.product(vbon.OBJECTIVES, vbon.ESTIMATORS):
+        args = types.SimpleNamespace(objective=objective, estimator=estimator, N=16)
+        rewards = vbon.terminal_reward(scores, ref, doubles([-180.0] * 3), args)
+        assert rewards[0] < rewards[1] < rewards[2]
 
 
 # ========== Mathematics: log F ===================================================================
@@ -244,24 +236,22 @@ def test_estimators_by_hand():
                                ([1.0], [], "add_one"), ([1.0], [1.0], "median")):
         with pytest.raises(ValueError):
             vbon.estimate_log_F(r, rows, estimator)
+    # A total order (App. C): ranks of (reward, order) replace the rewards of a prompt.
+    rng = random.Random(0)
+    ref, ours = ([(rng.randrange(4), rng.randrange(50)) for _ in range(n)] for n in (30, 20))
+    rank = {pair: i for i, pair in enumerate(sorted(set(ref + ours)))}
+    log_F = vbon.estimate_log_F([rank[x] for x in ours], [rank[x] for x in ref], "log_mean")
+    close(log_F.exp(), doubles([sum(other < pair for other in ref) / 30 for pair in ours]))
 
 
 @pytest.mark.parametrize("estimator", ["add_one", "log_mean"])
-def test_only_ranks_matter_and_may_break_ties(estimator):
+def test_only_ranks_matter(estimator):
     rewards, ref = normals(50), normals(50, 40, seed=1)
     ref[:, 0] = rewards
     before = vbon.estimate_log_F(rewards, ref, estimator)
     for increasing in (torch.exp, lambda r: 3 * r - 7, lambda r: r ** 3, torch.atan):
         after = vbon.estimate_log_F(increasing(rewards), increasing(ref), estimator)
         assert torch.equal(after, before)
-    # A total order (App. C): ranks of (reward, order) replace the rewards of a prompt.
-    rng = random.Random(0)
-    ref = [(rng.randrange(4), rng.randrange(50)) for _ in range(30)]
-    ours = [(rng.randrange(4), rng.randrange(50)) for _ in range(20)]
-    rank = {pair: i for i, pair in enumerate(sorted(set(ref + ours)))}
-    log_F = vbon.estimate_log_F([rank[x] for x in ours], [rank[x] for x in ref], estimator)
-    k, add = [sum(other < pair for other in ref) for pair in ours], estimator == "add_one"
-    close(log_F.exp(), doubles([(x + add) / (30 + add) for x in k]))
 
 
 def test_the_smooth_estimator_is_a_least_squares_fit():
@@ -293,7 +283,7 @@ def test_the_smooth_estimator_is_a_least_squares_fit():
 # ========== PPO ==================================================================================
 
 
-def test_gae_and_whitening_by_hand():
+def test_gae_whitening_and_losses_by_hand():
     """γ = .9, λ = .5: δ = 1 + .9·2 − 1, 0 + .9·3 − 2, 4 − 3, A = 1.8 + .45·1.15, .7 + .45, 1."""
     mask = torch.tensor([[True, True, True, False]])
     for outside in (99.0, NAN):
@@ -304,9 +294,7 @@ def test_gae_and_whitening_by_hand():
         torch.testing.assert_close(returns, torch.tensor([[3.3175, 3.15, 4.0, 0.0]]))
         white = vbon.whiten(torch.tensor([[1.0, 4.0, 1.0, outside]]), mask)
         torch.testing.assert_close(white, torch.tensor([[-1.0, 2.0, -1.0, 0.0]]) / math.sqrt(2))
-
-
-def test_losses_are_clipped_and_masked():
+    # Losses are clipped and masked.
     mask = torch.tensor([[True, True, False]])
     old, new = torch.zeros(1, 3), torch.log(torch.tensor([[1.5, 0.5, 50.0]]))
     for sign, expected in ((1.0, -(1.2 + 0.5) / 2), (-1.0, (1.5 + 0.8) / 2)):
@@ -415,14 +403,16 @@ def test_step_token_bias_moves_the_logit_of_each_token(kl_coef):
 SIZES = dict(vocab_size=40, initializer_range=0.2, hidden_size=32, num_hidden_layers=3,
              num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
 ROPE = dict(num_key_value_heads=1, pad_token_id=0)
-WINDOW = ROPE | dict(head_dim=16, sliding_window=4)  # shorter than the longest prompt
+ROPE16 = ROPE | dict(head_dim=16)
+WINDOW = ROPE16 | dict(sliding_window=4)  # shorter than the longest prompt
 MIXED = WINDOW | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 KINDS = {
-    "GPT2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=64), "GPTNeoX": {}, "Falcon": {},
-    "Llama": ROPE, "Qwen2": ROPE, "Qwen3": ROPE | dict(head_dim=16), "Gemma": ROPE | dict(head_dim=16),
-    "Mistral": WINDOW, "Phi3": WINDOW, "Gemma2": MIXED, "Gemma3Text": MIXED, "Olmo3": MIXED,
-    "GptOss": MIXED | dict(num_local_experts=4), "Bloom": dict(n_layer=3, n_head=2),
-    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.2)}
+    "GPT2": dict(n_embd=32, n_layer=3, n_head=2, n_positions=64), "GPTNeoX": {},
+    "Bloom": dict(n_layer=3, n_head=2), "Falcon": {},
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),
+    "Llama": ROPE, "Qwen2": ROPE, "Qwen3": ROPE16, "Gemma": ROPE16, "Mistral": WINDOW,
+    "Phi3": WINDOW, "Gemma2": MIXED, "Gemma3Text": MIXED, "Olmo3": MIXED,
+    "GptOss": MIXED | dict(num_local_experts=4)}
 
 
 def small_lm(kind="GPT2", seed=0, **changes):
@@ -436,8 +426,8 @@ def small_lm(kind="GPT2", seed=0, **changes):
 
 def lm_args(**changes):
     return types.SimpleNamespace(**dict(
-        ref="mine", device="cpu", temperature=0.8, dtype="float32", rollouts=96, minibatch=32,
-        unfrozen_layers=2, ppo_epochs=1, value_coef=1, token_bias_lr=0, lr=0, adam_eps=1e-8) | changes)
+        ref="mine", device="cpu", temperature=0.8, dtype="float32", rollouts=96, minibatch=32, lr=0,
+        unfrozen_layers=2, ppo_epochs=1, value_coef=1, token_bias_lr=0, adam_eps=1e-8) | changes)
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7, 8]]
@@ -476,11 +466,11 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
 
 @pytest.mark.parametrize("kind, settings", [
     ("Rwkv", dict(num_hidden_layers=2)), ("Mamba", dict(state_size=4)),
-    ("RecurrentGemma", ROPE | dict(head_dim=16, lru_width=32, attention_window_size=16)),
+    ("RecurrentGemma", ROPE16 | dict(lru_width=32, attention_window_size=16)),
     ("Roberta", dict(is_decoder=True)),
     ("Bart", dict(d_model=32, encoder_layers=1, decoder_layers=1))])
 def test_models_that_cannot_be_sampled_from_are_refused(kind, settings):
-    with pytest.raises(vbon.UserError, match=f"--ref mine: this script cannot sample from a {kind}"):
+    with pytest.raises(vbon.UserError, match=f"--ref mine: .* cannot sample from a {kind}"):
         vbon.check_sampler(small_lm(kind, **settings), 10, lm_args(unfrozen_layers=-1))
 
 
@@ -493,10 +483,10 @@ def test_frozen_layers_run_once(kind, K):
     policy = vbon.make_policy(ref, K)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     layers = vbon.transformer_layers(policy)[0]
-    assert trained and {id(p) for p in layers[-K:].parameters()} <= {id(p) for p in trained.values()}
     pointers = {p.data_ptr() for p in ref.parameters()}  # frozen parameters are shared, not copied
     assert all((p.data_ptr() in pointers) != p.requires_grad for p in policy.parameters())
-    assert not any(p.requires_grad for p in layers[:-K].parameters())
+    for i, layer in enumerate(layers):
+        assert all(p.requires_grad == (i >= len(layers) - K) for p in layer.parameters())
 
     # Before the first step, and at learning rate 0, the policy is the reference model.
     uniforms = torch.rand(96, 10, generator=seeded(1))
@@ -542,19 +532,6 @@ def test_frozen_layers_run_once(kind, K):
         close(vbon.response_log_probs(policy, full, 0.8, K)[0], found[0][0], atol=1e-6, rtol=0)
 
 
-def test_make_policy_with_an_output_layer_of_its_own():
-    ref = small_lm()
-    policy = vbon.make_policy(ref, 1, own_output=True)
-    output, embeddings = policy.get_output_embeddings().weight, policy.get_input_embeddings().weight
-    assert output is not embeddings and embeddings is ref.get_input_embeddings().weight
-    assert torch.equal(output, embeddings) and not output.requires_grad
-    assert not policy.config.tie_word_embeddings and ref.config.tie_word_embeddings
-    assert all(p.requires_grad for p in vbon.make_policy(ref, -1, own_output=True).parameters())
-    for K in (0, 4, -2):
-        with pytest.raises(vbon.UserError, match="--unfrozen-layers must be -1 or from 1 to 3"):
-            vbon.make_policy(ref, K)
-
-
 def test_sampled_tokens_follow_the_distribution():
     logits, n = torch.tensor([2.0, -INF, 0.0, 1.0, -1.0]), 200_000
     uniforms, p = torch.rand(n, generator=seeded()), logits.softmax(-1)
@@ -595,9 +572,10 @@ def call(*argv, script=vbon):
 
 
 def command(*argv, cwd, **environment):
-    """Run a script of the project in a new process."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    """Run Python in a new process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True,
+                          text=True, timeout=600, env=environment)
 
 
 def succeeded(result):
@@ -641,17 +619,12 @@ sys.exit({script}.main())""")
                             stderr=subprocess.DEVNULL)
 
 
-def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
+def read_json(path):
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def read_lines(path):
-    lines = Path(path).read_text("utf-8").splitlines()
-    return [json.loads(line, parse_constant=no_constant) for line in lines]
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text("utf-8"), parse_constant=no_constant)
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def read_csv(path):
@@ -767,7 +740,8 @@ def test_collect(toy, objective):
     mask, expected = rollout.mask, exact.metrics(exact.log_probs(policy))
     log_ref = vbon.reference_log_probs(task.ref, rollout, args)
     log_ratio = rollout.log_probs - log_ref
-    scores = doubles([vbon.warmth(y) for y in vbon.decode(task, prompts, vbon.token_lists(rollout))])
+    texts = vbon.decode(task, prompts, vbon.token_lists(rollout))
+    scores = doubles([vbon.warmth(y) for y in texts])
     for name, x in (("reward", scores), ("kl_to_ref", log_ratio.sum(1))):
         assert metrics["objective/" + name] == pytest.approx(x.mean().item(), abs=1e-6)
         error = 4 * x.std().item() / math.sqrt(4000)
@@ -875,17 +849,6 @@ def stopped(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("file, damage", [
-    ("checkpoint.pt", lambda content: b""), ("checkpoint.pt", lambda content: content[:-1000]),
-    ("checkpoint.pt", lambda content: b"\x80\x02}q\x00."),
-    ("config.json", lambda content: content[:40]), ("config.json", lambda content: b"\xff\xfe{}")])
-def test_resume_refuses_damaged_files(stopped, tmp_path, file, damage):
-    run = shutil.copytree(stopped, tmp_path / "run")
-    (run / file).write_bytes(damage((run / file).read_bytes()))
-    refused(call("--out", run, "--resume"), file)
-    assert not (run / "result.json").exists()
-
-
 def test_a_run_is_resumed_with_its_settings_only(stopped, toy, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
     before = files(run)
@@ -893,7 +856,13 @@ def test_a_run_is_resumed_with_its_settings_only(stopped, toy, tmp_path):
     for name, value in dict(lr=0.01, N=8, seed=1, estimator="log_mean", objective="rlhf").items():
         saved = read_json(run / "config.json")[name]
         refused(call("--out", run, "--resume", "--" + name, value), name, saved, f"got {value}")
-    assert files(run) == before
+    for name, damage in (("checkpoint.pt", b""), ("checkpoint.pt", before["checkpoint.pt"][:-1000]),
+                         ("checkpoint.pt", b"\x80\x02}q\x00."), ("config.json", b"\xff\xfe{}"),
+                         ("config.json", before["config.json"][:40])):
+        (run / name).write_bytes(damage)
+        refused(call("--out", run, "--resume"), name)
+        (run / name).write_bytes(before[name])
+    assert not (run / "result.json").exists() and not (run / "policy").exists()
     with open(run / "metrics.jsonl", "a") as file:
         file.write("torn")
     argv = flags(TOY, "--resume", save_every=7, device="cpu", samples=tmp_path / "s", out=run)
@@ -938,26 +907,19 @@ def test_weights_that_are_not_finite_are_not_saved(script, method, minibatch, tm
     (f"--seed {2 ** 64}", "--seed"), (f"--data-seed {2 ** 70}", "--data-seed"),
     ("--objective rlhf --N 1", "--beta"), ("--ref gpt2", "--task imdb"), ("--task", "--task"),
     ("--minibatch 4096", "--rollouts"), ("--unfrozen-layers 7", "from 1 to 2"),
-    ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"), ("--max-new-tokens 6", "at most 4"),
+    ("--device cuda:7", "cuda:7"), ("--nonsense", "--nonsense"), ("--max-new-tokens 6", "at most"),
     ("--M 2 --estimator smooth", "--M"), ("--objective bound1 --estimator log_mean", "add_one"),
-    ("bon_baselines", "objective"), ("bon_baselines ppo", "bonbon"), ("bon_baselines bon --seed x", "--seed"),
-    ("bon_baselines bonbon --N 2.5", "whole number"), ("bon_baselines dpo --beta 0", "--beta"),
-    ("bon_baselines bonbon --alpha 2", "--alpha"), ("bon_baselines bond --eta 2", "--eta"),
-    ("bon_baselines bond --gamma nan", "--gamma"), ("bon_baselines dpo --ref gpt2", "--task imdb"),
-    ("bon_baselines dpo --minibatch 64 --episodes 32", "episodes"),
-    ("bon_baselines bon --max-new-tokens 6", "at most 4")])
+    ("--out file", "file"), ("--out file/run", "file"), ("--unfrozen-layers 0", "from 1 to 2"),
+    ("BL", "objective"), ("BL ppo", "bonbon"), ("BL bon --seed x", "--seed"),
+    ("BL bonbon --N 2.5", "whole number"), ("BL dpo --beta 0", "--beta"),
+    ("BL bonbon --alpha 2", "--alpha"), ("BL bond --eta 2", "--eta"),
+    ("BL bond --gamma nan", "--gamma"), ("BL dpo --ref gpt2", "--task imdb"),
+    ("BL dpo --minibatch 64 --episodes 32", "episodes"), ("BL bon --max-new-tokens 6", "at most")])
 def test_bad_flags(argv, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script, argv = (bon_baselines if argv[:3] == "bon" else vbon), argv.split()
-    refused(call(*argv[script is bon_baselines:], script=script), word)
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("out", ["file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_refused_before_sampling(out, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
-    refused(call(*flags(TOY, out=out)), "file")
+    script = bon_baselines if argv[:2] == "BL" else vbon
+    Path("file").write_text("mine")  # a run needs a folder
+    refused(call(*argv.removeprefix("BL").split(), script=script), word)
     assert os.listdir(tmp_path) == ["file"] and Path("file").read_text() == "mine"
 
 
@@ -971,7 +933,7 @@ def test_help_shows_the_defaults_of_the_task(script, task):
 
 
 def test_importing_is_light():
-    code = "import sys, vbon; print({'datasets', 'matplotlib', 'transformers', 'vllm'} & {*sys.modules})"
+    code = "import sys, vbon; print({'datasets', 'matplotlib', 'transformers'} & set(sys.modules))"
     assert succeeded(command("-c", code, cwd=HERE)).stdout == "set()\n"
 
 
@@ -1009,7 +971,7 @@ def save_small_models(folder, labels=("NEGATIVE", "POSITIVE"), eos=True, seed=0)
     write_lines(folder / "prompts.jsonl", [{"prompt": f"Film number {i} is"} for i in range(20)])
 
 
-FEW = dict(episodes=16, rollouts=8, minibatch=4, M=5, train_prompts=6, max_new_tokens=6,
+FEW = dict(episodes=16, rollouts=8, minibatch=4, M=6, train_prompts=6, max_new_tokens=6,
            unfrozen_layers=1)
 
 
@@ -1046,36 +1008,31 @@ def test_the_fused_gelu_is_gpt2s_own(models):
     assert ours.config.activation_function == "gelu_new"  # what is saved stays the same
 
 
-@pytest.mark.parametrize("objective, critic", [*((o, 2) for o in vbon.OBJECTIVES), ("rlhf", 0)])
-def test_own_models_and_prompts(models, tmp_path, objective, critic):
+@pytest.mark.parametrize("objective, critic, dtype", [
+    *((objective, 2, "float32") for objective in vbon.OBJECTIVES), ("rlhf", 0, "float32"),
+    ("vbon", 2, "bfloat16")])
+def test_own_models_and_prompts(models, tmp_path, objective, critic, dtype):
     run, samples = tmp_path / "run", tmp_path / "samples"
-    argv = flags(own(models, objective=objective, prefix_critic=critic), out=run, samples=samples)
-    succeeded(call(*argv))
+    settings = own(models, objective=objective, prefix_critic=critic, dtype=dtype, lr=1e-3)
+    succeeded(call(*flags(settings, out=run, samples=samples)))
     result, metrics = read_json(run / "result.json"), read_lines(run / "metrics.jsonl")
     assert 0 < result["objective/reward"] < 1 and len(metrics) == 2
+    assert all(math.isfinite(x) for row in metrics for x in row.values())
     rows = sample_rows(samples)
     assert len(rows) == (0 if objective == "rlhf" and not critic else 6)
     for row in rows:
-        assert [len(row[x]) for x in ("rewards", "responses", "tokens")] == [5] * 3
+        assert [len(row[x]) for x in ("rewards", "responses", "tokens")] == [6] * 3
         assert row["prompt"].startswith("Film number") and row["start"] == 0
         assert all(0 < len(tokens) <= 6 for tokens in row["tokens"])
     # At first the policy is the reference model, by decoding and by a pass on frozen layers.
-    assert metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=1e-4)
+    error = 0.05 if dtype == "bfloat16" else 1e-4
+    assert metrics[0]["objective/kl_to_ref"] == pytest.approx(0, abs=error)
+    assert all(p.dtype == torch.float32 for p in weights(run).values())
+    assert all(read_json(path)["dtype"] == dtype for path in samples.rglob("header.json"))
     # The token bias is saved, in an output layer that the embeddings do not share.
     policy, ref = load_lm(run / "policy"), load_lm(models / "ref")
     for get, equal in (("get_input_embeddings", True), ("get_output_embeddings", False)):
         assert torch.equal(*(getattr(lm, get)().weight for lm in (policy, ref))) == equal
-
-
-def test_bfloat16(models, tmp_path):
-    changes = dict(dtype="bfloat16", lr=1e-3, out=tmp_path / "run", samples=tmp_path / "samples")
-    succeeded(call(*flags(own(models), **changes)))
-    rows = read_lines(tmp_path / "run/metrics.jsonl")
-    assert rows[0]["objective/kl_to_ref"] == pytest.approx(0, abs=0.05)
-    assert all(math.isfinite(x) for row in rows for x in row.values())
-    assert all(p.dtype == torch.float32 for p in weights(tmp_path / "run").values())
-    (header,) = (tmp_path / "samples").rglob("header.json")
-    assert read_json(header)["dtype"] == "bfloat16"
 
 
 def test_bad_models_and_data(models, tmp_path, monkeypatch):
@@ -1097,21 +1054,20 @@ def test_bad_models_and_data(models, tmp_path, monkeypatch):
             byte_tokenizer(END, "<a>", "<b>", eos_token=END, pad_token=END).save_pretrained(folder)
     Path("empty.jsonl").write_text("")
     Path("utf16.jsonl").write_bytes('{"prompt": "fine"}\n'.encode("utf-16"))
-    for name, row in (("long", {"prompt": "a prompt of more than 26 bytes"}), ("broken", {"prompt": 3}),
-                      ("other", {"question": "y"}), ("nothing", {"prompt": ""})):
+    for name, row in dict(long={"prompt": "a prompt of more than 26 bytes"}, broken={"prompt": 3},
+                          other={"question": "y"}, nothing={"prompt": ""}).items():
         write_lines(Path(name + ".jsonl"), [row] * 2 + [{"prompt": "held out for the test"}])
     before = sorted(os.listdir(tmp_path))
-    names = [(name, what) for name in ("cut", "shape", "bare", "wordy") for what in ("ref", "reward")]
-    data = ("empty.jsonl", "broken.jsonl", "utf16.jsonl", "other.jsonl", "nothing.jsonl")
-    for changes, *words in (
-            *((dict([(what, f"{name}/{what}")]), f"--{what} {name}/{what}") for name, what in names),
-            (dict(reward=models / "ref"), "--reward", "lacks"), (dict(ref="no/such"), "--ref no/such"),
-            (dict(reward="no/such"), "--reward no/such"), (dict(ref="no_eos/ref"), "EOS"),
-            (dict(reward="three/reward"), "--reward", "got 3"), (dict(ref=models), "--ref"),
-            (dict(ref="./none"), "--ref ./none"), *((dict(dataset=x), "--dataset") for x in data),
-            (dict(dataset="no/such"), "--dataset no/such"), (dict(dataset="long.jsonl"), "1 to 26"),
-            (dict(dataset="missing.jsonl"), "--dataset missing.jsonl")):
-        refused(call(*flags(own(models, **changes))), *words)
+    for what, name, words in (
+            *((what, f"{name}/{what}", f"--{what} {name}/{what}") for name, what in
+              itertools.product(("cut", "shape", "bare", "wordy"), ("ref", "reward"))),
+            *((what, "no/such", f"--{what} no/such") for what in ("ref", "reward", "dataset")),
+            *(("dataset", name + ".jsonl", "--dataset") for name in
+              ("missing", "empty", "broken", "utf16", "other", "nothing")),
+            ("dataset", "long.jsonl", "1 to 26"), ("reward", models / "ref", "lacks"),
+            ("reward", "three/reward", "got 3"), ("ref", "no_eos/ref", "EOS"),
+            ("ref", models, "--ref"), ("ref", "./none", "--ref ./none")):
+        refused(call(*flags(own(models, **{what: name}))), words)
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -1119,10 +1075,10 @@ def test_the_positive_label_is_the_reward(models, tmp_path, capsys):
     """Where no label is called positive, it is the second. The name is printed."""
     shutil.copytree(models / "reward", tmp_path / "reward")
     rewards = []
-    for names, taken in (("NEGATIVE POSITIVE", "POSITIVE"), ("pos neg", "pos"), ("bad good", "good")):
-        edit(tmp_path / "reward/config.json", **name_labels(*names.split()))
+    for names, taken in ((["NEGATIVE", "POSITIVE"], 1), (["pos", "neg"], 0), (["bad", "good"], 1)):
+        edit(tmp_path / "reward/config.json", **name_labels(*names))
         rewards += vbon.load_reward(str(tmp_path / "reward"), "cpu")[0](["a"], ["b"])
-        assert f"probability of the label {taken!r}" in capsys.readouterr().out
+        assert f"probability of the label {names[taken]!r}" in capsys.readouterr().out
     assert rewards[0] == rewards[2] == pytest.approx(1 - rewards[1], abs=1e-6)
 
 
@@ -1165,7 +1121,7 @@ def test_the_folder_is_named_by_all_that_samples_depend_on(models, tmp_path, mon
             ("reward/config.json", name_labels("POSITIVE", "NEGATIVE")),
             ("reward/tokenizer_config.json", dict(model_max_length=32)),
             ("reward/tokenizer.json", swapped), ("ref/tokenizer.json", swapped),
-            ("ref/config.json", dict(rope_parameters=dict(rope_type="default", rope_theta=100.0))))):
+            ("ref/config.json", dict(rope_parameters=dict(rope_type="default", rope_theta=99.0))))):
         edit(Path(shutil.copytree("base", f"edit{i}"), file), **change)
         found.append(folder_of(f"edit{i}"))
     for name, value in dict(backend="vllm", temperature=0.5, no_eos_reward=-1.0, dtype="bfloat16",
@@ -1175,7 +1131,7 @@ def test_the_folder_is_named_by_all_that_samples_depend_on(models, tmp_path, mon
 
 
 def lay_out_hub(home, models, dataset, config, splits):
-    """An offline cache of the hub: a snapshot of each model, and the data where `datasets` looks."""
+    """An offline cache of the hub: snapshots of models, and the data where `datasets` looks."""
     import datasets
     for name, folder in models.items():
         base = home / "hub" / ("models--" + name.replace("/", "--"))
@@ -1193,7 +1149,8 @@ def lay_out_hub(home, models, dataset, config, splits):
     made.rename(target)
     for path in target.glob("*.arrow"):
         path.rename(target / (short + "-" + path.name.split("-", 1)[1]))
-    edit(target / "dataset_info.json", config_name=config, dataset_name=short, builder_name="parquet")
+    edit(target / "dataset_info.json", config_name=config, dataset_name=short,
+         builder_name="parquet")
 
 
 TESTED = flags(test_prompts=4, test_M=4, test_responses=2)  # of evaluate.py
@@ -1210,7 +1167,7 @@ def test_imdb_verbatim_from_an_offline_hub(models, tmp_path):
     names = {"lvwerra/gpt2-imdb": models / "ref", "lvwerra/distilbert-imdb": models / "reward"}
     lay_out_hub(tmp_path / "home", names, "stanfordnlp/imdb", "plain_text",
                 {"train": train, "test": test})
-    home, run = str(tmp_path / "home"), tmp_path / "runs/imdb-vbon-N16-M5-seed0"
+    home, run = str(tmp_path / "home"), tmp_path / "runs/imdb-vbon-N16-M6-seed0"
     succeeded(command(*argv, cwd=tmp_path, HF_HOME=home))
     succeeded(command(HERE / "evaluate.py", run, *TESTED, cwd=tmp_path, HF_HOME=home))
     (tested,) = run.glob("eval-*.json")
@@ -1242,11 +1199,11 @@ def save_small_pythias(folder):
 
 
 def test_tldr_verbatim_from_an_offline_hub(tmp_path):
-    """The commands with the hub's names: training, both test distributions, the larger evaluator."""
+    """With the hub's names: training, both test distributions, the larger evaluator."""
     save_small_pythias(tmp_path)
     subreddits = ("relationships", "relationship_advice", "tifu", "AskReddit")
-    rows = [{"id": str(i), "subreddit": subreddits[i % 4], "title": f"Title {i}", "summary": "Short.",
-             "post": f"First paragraph of {i}.\n\n" + "More of it. " * (i % 30)} for i in range(120)]
+    rows = [{"subreddit": subreddits[i % 4], "title": f"Title {i}", "summary": "A summary.",
+             "post": f"Paragraph of {i}.\n\n" + "More of it. " * (i % 30)} for i in range(120)]
     hub, home = "cleanrl/EleutherAI_pythia-{}-deduped__{}__tldr", str(tmp_path / "home")
     names = {hub.format(*x): tmp_path / name for *x, name in (
         ("2.8b", "sft", "ref"), ("2.8b", "reward", "reward"), ("6.9b", "reward", "second"))}
@@ -1256,7 +1213,7 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
     def script(name, *argv):
         return succeeded(command(HERE / name, *argv, cwd=tmp_path, HF_HOME=home)).stdout
     script("vbon.py", "--task", "tldr", *flags(FEW, episodes=8, rollouts=4, max_new_tokens=8))
-    run = tmp_path / "runs/tldr-vbon-N100-M5-seed0"
+    run = tmp_path / "runs/tldr-vbon-N100-M6-seed0"
     recipe = dict(estimator="smooth", temperature=0.7, lr=3e-6, adam_eps=1e-5, value_coef=0.2)
     assert recipe.items() <= read_json(run / "config.json").items()
     stored = sample_rows(tmp_path / "samples")
@@ -1274,7 +1231,7 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
         assert (s["reward"] == -1.0) == (not s["response"].endswith(END))
     assert found["reward"] == pytest.approx((found["in/reward"] + found["out/reward"]) / 2)
     second = ["--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1]
-    script("results/curves.py", *tested, *second, "--against", "temperature", "--figures", "figures")
+    script("results/curves.py", *tested, *second, "--against", "temperature")
     assert (tmp_path / "figures/tldr-temperatures.png").stat().st_size > 10_000
     assert "T = 0.25, evaluator EleutherAI_pythia-6.9b" in script("evaluate.py", *tested, *second)
 
@@ -1299,9 +1256,7 @@ def test_scalar_rewards_are_read_off_the_last_token(name, end, tmp_path):
         assert score(["p: "] * 3, texts) == pytest.approx(expected, abs=1e-5)
         assert score(["p: "], texts[:1]) == pytest.approx(expected[:1], abs=1e-5)
         assert ("-1.0 without" in reward_id) == (end != "")
-
-
-def test_posts_are_cut_to_fit():
+    # Posts are cut to fit.
     words = types.SimpleNamespace(encode=str.split)
     row = {"subreddit": "tifu", "title": "T", "post": "one two three\n\nfour five\n\nsix"}
     head, tail = "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: ", "\n\nTL;DR:"
@@ -1355,7 +1310,7 @@ def test_damaged_samples_and_rewards_are_refused_in_one_line(toy, models, tmp_pa
     content = path.read_bytes()
     for damage in (content[:100], b"\xff" + content, b"[1]\n", b"[" * 100_000, b"{}\n"):
         path.write_bytes(damage)
-        refused(call(*flags(TOY | settings, out=tmp_path / "run")), "cannot read", path)
+        refused(call(*flags(TOY | settings, "--overwrite", out=tmp_path)), "cannot read", path)
     path.unlink()
     assert torch.equal(vbon.reference_samples(toy[0], toy_args(**settings)), before)
     assert path.read_bytes() == content
@@ -1371,17 +1326,19 @@ def test_damaged_samples_and_rewards_are_refused_in_one_line(toy, models, tmp_pa
 def test_converted_samples_are_used_but_not_extended(toy, tmp_path):
     samples, task = Path(shutil.copytree(toy[1] / "samples", tmp_path / "samples")), toy[0]
     folder = vbon.samples_folder(task, toy_args(samples=samples))[0]
-    rows = {row["prompt"]: row | dict(tokens=[], responses=[]) for row in sample_rows(folder)}
+    rewards = vbon.reference_samples(task, toy_args(samples=samples, M=20))
     for path in folder.glob("*.jsonl"):
         path.unlink()
-    write_lines(folder / "shared.jsonl", rows.values())
+    write_lines(folder / "shared.jsonl", [
+        {"prompt": p, "start": 0, "rewards": row, "responses": [], "tokens": []}
+        for p, row in zip(task.prompts, rewards.tolist())])
     edit(folder / "header.json", converted=True)
-    before, M = files(samples), len(rows["the plot was"]["rewards"])
-    found = vbon.reference_samples(task, toy_args(samples=samples, M=M))
-    assert found.tolist() == [rows[p]["rewards"] for p in task.prompts]
-    refused(call(*flags(TOY, samples=samples, M=M + 1, out=tmp_path / "run")), folder, "--M")
-    dpo = call("dpo", *flags(TOY, samples=samples, M=6, out=tmp_path / "run"), script=bon_baselines)
-    refused(dpo, folder, "tokens")
+    before, argv = files(samples), flags(TOY, "--overwrite", samples=samples, out=tmp_path / "run")
+    for M in (20, 7):
+        found = vbon.reference_samples(task, toy_args(samples=samples, M=M))
+        assert torch.equal(found, rewards[:, :M])
+    refused(call(*argv, "--M", 21), folder, "--M")
+    refused(call("dpo", *argv, "--M", 20, script=bon_baselines), folder, "tokens")
     assert files(samples) == before
 
 
@@ -1413,6 +1370,8 @@ def test_two_processes_train_one_policy(models, extras, tmp_path):
     """With the prefix critic and the token bias, and without. A killed process ends the run."""
     argv = flags(own(models, **extras), device="cpu", rollouts=16, episodes=64, lr=1e-3,
                  save_every=1, sample_batch=10, samples="samples")
+    with mock.patch.object(vbon, "WORLD_SIZE", 2):
+        refused(call(*argv, "--minibatch", 3), "--rollouts and --minibatch must be multiples of 2")
     printed = succeeded(torchrun(WATCHED, *argv, "--out", "run", cwd=tmp_path)).stdout
     succeeded(call(*argv, "--samples", tmp_path / "alone", "--out", tmp_path / "one"))
     assert files(tmp_path / "alone") == files(tmp_path / "samples")
@@ -1433,13 +1392,6 @@ def test_two_processes_train_one_policy(models, extras, tmp_path):
         assert same(weights(tmp_path / "killed"), saved)
 
 
-def test_uneven_shares_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(vbon, "WORLD_SIZE", 2)
-    argv = flags(TOY, rollouts=15, minibatch=3, episodes=60, out=tmp_path / "run")
-    refused(call(*argv), "--rollouts and --minibatch must be multiples of 2")
-    assert os.listdir(tmp_path) == []
-
-
 def test_resume_refuses_other_weights_behind_ref(models, tmp_path):
     folder = Path(shutil.copytree(models, tmp_path / "models"))
     argv = flags(own(folder), save_every=1, samples=tmp_path / "samples", out=tmp_path / "run")
@@ -1454,7 +1406,7 @@ def test_resume_refuses_other_weights_behind_ref(models, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; .ci/run tests it")
 def test_vllm_samples_the_same_distribution(tmp_path):
     """Rewards, lengths and log-probs of the samples of both backends agree in distribution."""
-    shared = HERE.parent / "shared"  # real small models, because vLLM on a CPU may refuse tiny heads
+    shared = HERE.parent / "shared"  # real models, because vLLM on a CPU may refuse tiny heads
     if (shared / "imdb-mini").exists():
         models, data = shared / "imdb-mini", shared / "imdb"
     else:
@@ -1462,18 +1414,17 @@ def test_vllm_samples_the_same_distribution(tmp_path):
         models, data = tmp_path, tmp_path / "prompts.jsonl"
     argv = flags(own(models, dataset=data), rollouts=16, minibatch=16, train_prompts=8, M=128,
                  max_new_tokens=12)
-    lm, found = load_lm(models / "ref"), []
+    lm, found, cache = load_lm(models / "ref"), [], dict(VLLM_CPU_KVCACHE_SPACE="1")
     for backend in ("hand", "vllm"):
-        paths = flags(backend=backend, samples=backend, out=backend + "-run")
-        succeeded(command(HERE / "vbon.py", *argv, *paths, cwd=tmp_path, VLLM_CPU_KVCACHE_SPACE="1"))
-        (header,) = (tmp_path / backend).rglob("header.json")
-        assert read_json(header)["backend"] == backend
-        args, rows = parsed(*argv, *paths), sample_rows(tmp_path / backend)
+        paths = flags(backend=backend, samples=tmp_path / backend, out=backend + "-run")
+        succeeded(command(HERE / "vbon.py", *argv, *paths, cwd=tmp_path, **cache))
+        args = parsed(*argv, *paths)
         task = vbon.setup(args)
-        flat = [(row["prompt"], r, ids) for row in rows for r, ids in zip(row["rewards"], row["tokens"])]
-        prompts, rewards, tokens = map(list, zip(*flat))
+        assert read_json(vbon.samples_folder(task, args)[0] / "header.json")["backend"] == backend
+        rewards, tokens = vbon.reference_samples(task, args, tokens=True)
+        prompts, tokens = [p for p in task.prompts for _ in range(128)], sum(tokens, [])
         log_p = bon_baselines.response_log_probs(lm, task, prompts, tokens, args)[1]
-        found.append([doubles(rewards), doubles([*map(len, tokens)]), log_p])
+        found.append([rewards.flatten(), doubles([*map(len, tokens)]), log_p])
     for ours, theirs in zip(*found):
         assert len(ours) == len(theirs) == 8 * 128
         assert samples_needed.kolmogorov_smirnov(ours, theirs)[1] > 0.001
@@ -1614,26 +1565,6 @@ def test_losses_of_the_baselines_by_hand():
     close(*gradients)
 
 
-def test_bond_by_hand():
-    anchor_rewards = doubles([[2.0, 1.5], [0.5, 2.0], [1.0, 2.0], [2.0, 0.0]])
-    reward = bon_baselines.bond_reward(doubles([1.0, 1.0, 1.0, 3.0]), anchor_rewards)
-    close(reward, doubles([-math.log(16), 0.0, 0.0, 0.0]))  # a tie is not worse
-    best, own, anchor = (x.requires_grad_() for x in doubles(
-        [-10.0, -12.0, -8.0, -9.0], [-7.0, -9.0, -11.0, -6.0], [-8.0, -9.5, -9.0, -6.0]))
-    loss = bon_baselines.bond_loss(best, own, anchor, reward, beta=0.25, gamma=0.5)
-    factor = [0.25 * (-math.log(16) - 1) - 0.5, 0.25 * -0.5 - 0.5 * 0.5, 0.25 * 2 + 0.5 * 2, 0]
-    less = [f - (sum(factor) - f) / 3 for f in factor]
-    on_own = less[0] * 7 + less[1] * 9 + less[2] * 11 + less[3] * 6
-    assert loss.item() == pytest.approx(0.75 * 39 / 4 + on_own / 4)
-    loss.backward()
-    close(best.grad, torch.full((4,), -0.75 / 4).double())
-    close(own.grad, -doubles(less) / 4)
-    assert anchor.grad is None
-    one = [x[:1].detach() for x in (best, own, anchor, reward)]  # a single response has no others
-    expected = 0.5 * 10 + 7 * (0.5 * (-math.log(16) - 1))
-    assert bon_baselines.bond_loss(*one).item() == pytest.approx(expected)
-
-
 def test_bond_has_the_gradient_of_its_divergences():
     """Ten responses distributed exactly as the policy, and ten as another distribution."""
     n, beta, gamma = 10, 0.3, 0.7
@@ -1649,6 +1580,11 @@ def test_bond_has_the_gradient_of_its_divergences():
     # The mean of the others instead of all multiplies the difference by n/(n−1).
     expected = torch.autograd.grad(forward + n / (n - 1) * backward, theta, retain_graph=True)[0]
     close(torch.autograd.grad(loss, theta)[0], expected)
+    # One response has no others. Below both of the anchor's responses is −log 16, a tie is not.
+    reward = bon_baselines.bond_reward(doubles([1.0, 1.0]), doubles([[2.0, 1.5], [1.0, 2.0]]))
+    close(reward, doubles([-math.log(16), 0.0]))
+    loss = bon_baselines.bond_loss(*doubles([-10.0], [-7.0], [-8.0]), reward[:1])
+    assert loss.item() == pytest.approx(0.5 * 10 + 7 * 0.5 * (-math.log(16) - 1))
 
 
 def test_pairs_of_the_baselines(toy):
@@ -1664,7 +1600,7 @@ def test_pairs_of_the_baselines(toy):
     some = pairs(100)
     assert all(reward[p, tuple(y)] > reward[p, tuple(z)] for p, y, z in some)
     assert len({p for p, *_ in some}) == 4
-    assert len({tuple(y) for _, *both in pairs(12, 1) for y in both}) <= 6  # 12 pairs of 6 responses
+    assert len({tuple(y) for _, *both in pairs(12, 1) for y in both}) <= 6  # 12 pairs of 6
     args.objective = "bonbon"
     gaps = [[reward[p, tuple(y)], reward[p, tuple(z)]] for p, y, z in pairs(2000)]
     for values, sign in zip(zip(*gaps), (1, -1)):  # random groups of N agree with the expectation
@@ -1674,27 +1610,8 @@ def test_pairs_of_the_baselines(toy):
         next(bon_baselines.training_pairs(task.prompts, torch.ones(4, 30), tokens, args))
 
 
-@pytest.mark.parametrize("K", [1, -1])
-def test_log_probs_of_the_baselines_are_those_of_sampling(toy, K):
-    task, args = toy[0], toy_args("dpo", temperature=0.7, unfrozen_layers=K, script=bon_baselines)
-    policy = changed_policy(task, 1, 0.1)
-    prompts = ["the plot was", "plot was", "the the acting was"] * 4  # padded on the left
-    ids, uniforms = [task.encode(p) for p in prompts], torch.rand(12, 3, generator=seeded(1))
-    rollout = vbon.generate(policy, ids, uniforms, task.tokenizer.eos_token_id, 0.7)
-    responses = vbon.token_lists(rollout)
-    log_pi, log_ref = bon_baselines.response_log_probs(policy, task, prompts, responses, args)
-    assert log_pi.requires_grad and not log_ref.requires_grad
-    close(log_pi.detach(), rollout.log_probs.sum(1), atol=1e-4, rtol=1e-4)
-    for prompt, response, found in zip(ids, responses, log_ref):
-        with torch.no_grad():
-            logits = task.ref(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-        expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response].sum()
-        close(found, expected, atol=1e-4, rtol=0)
-    assert not torch.allclose(log_pi, log_ref, atol=0.1)
-
-
 def test_on_policy_loss(toy, monkeypatch):
-    """It is `bond_loss` of the sampled responses. Frozen layers change nothing."""
+    """`bond_loss` of the sampled responses, with their log-probs. Frozen layers change nothing."""
     task, prompts = toy[0], ["the plot was", "the the acting was"] * 8
     policy, anchor = (changed_policy(task, 1, 0.1, seed) for seed in (0, 1))
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -1723,6 +1640,9 @@ def test_on_policy_loss(toy, monkeypatch):
     close(found[1][0].detach().double(), expected.double(), atol=1e-3, rtol=1e-4)
     kl = (own.log_probs.sum(1) - log_probs(task.ref, mine)).mean()
     close(found[1][1], kl, atol=1e-4, rtol=1e-4)
+    close(log_probs(policy, mine), own.log_probs.sum(1), atol=1e-4, rtol=1e-4)
+    log_ref = bon_baselines.response_log_probs(policy, task, prompts, mine, args)[1]
+    close(log_ref, log_probs(task.ref, mine), atol=1e-4, rtol=1e-4)
 
 
 def test_sampled_best_of_n_agrees_with_the_exact_one(toy):
@@ -1780,11 +1700,11 @@ def log_F_of_best_of_n(M, N, *shape):
 def test_policy_log_F_of_best_of_n():
     """N within 5 % and the excess below 0.05, also with few samples."""
     for M, N in itertools.product((32, 200), (1, 4, 16)):
-        mean = log_F_of_best_of_n(M, N, 50, 2000).mean().item()
+        mean = log_F_of_best_of_n(M, N, 10, 2000).mean().item()
         assert vbon.effective_N(mean) == pytest.approx(N, rel=0.05)
         assert vbon.excess_kl(vbon.bon_kl(N), mean) == pytest.approx(0, abs=0.05)
     # Standard errors are right. Without the stretch they would be 0.68 of the truth.
-    log_F = log_F_of_best_of_n(32, 16, 400, 500)
+    log_F = log_F_of_best_of_n(32, 16, 200, 500)
     errors = log_F.std(1) / math.sqrt(500)
     assert errors.mean().item() == pytest.approx(log_F.mean(1).std().item(), rel=0.15)
     for k in (0.0, 32.0):  # finite where all ranks are extreme
@@ -1836,8 +1756,8 @@ def test_table_csv_and_figures_of_the_toy(baselines, tmp_path):
     assert [row["run"] for row in rows] == [str(run) for run in runs] and rows[0]["N"] == "16"
     methods = [baselines / method for method in bon_baselines.METHODS]
     table = evaluated(*runs, *methods, "--figures", tmp_path)
-    assert all(name in table for name in (
-        "vBoN, N = 16", "BoN-SFT, N = 4", "DPO, β = 0.1", "BoNBoN, N = 4", "BOND, steps = 64", "front"))
+    names = "vBoN, N = 16/BoN-SFT, N = 4/DPO, β = 0.1/BoNBoN, N = 4/BOND, steps = 64/Pareto front"
+    assert all(name in table for name in names.split("/"))
 
     metrics = [{"episode": e, "objective/kl_to_bon": float(e)} for e in range(1, 65)]
     smoothed = curves.curve({"metrics": metrics}, "kl_to_bon")
@@ -1913,9 +1833,10 @@ def test_other_temperatures_and_another_reward(imdb_runs, models, tmp_path, monk
     second = tmp_path / "second/reward"
     copied_runs(imdb_runs, ["bon", "dpo"], "samples")
     evaluated("dpo", "bon", *TESTED, "--csv", "own.csv")
-    out = evaluated("dpo", "bon", *TESTED, "--temperatures", 1, 0.5, "--reward", second, "--csv", "second.csv")
+    out = evaluated("dpo", "bon", *TESTED, "--temperatures", 1, 0.5, "--reward", second,
+                    "--csv", "second.csv")
     assert "T = 0.5" in out and "evaluator reward" in out
-    one, two = (next(row for row in read_csv(name) if (row["run"], row["temperature"]) == ("dpo", "1.0"))
+    one, two = ({(row["run"], row["temperature"]): row for row in read_csv(name)}["dpo", "1.0"]
                 for name in ("own.csv", "second.csv"))
     assert one["reward"] != two["reward"]  # of the same responses
     assert float(one["kl_to_ref"]) == pytest.approx(float(two["kl_to_ref"]), rel=1e-4)
@@ -1965,28 +1886,15 @@ def mixtures(weights, means, spreads, seed, T=2000):
 def reward_distributions(P=48):
     """{name: (P, T) rewards of a prompt each}, where sharing could do harm."""
     one, place = torch.ones(P, 1, dtype=torch.double), normals(P, 4)
-    odd, first = torch.arange(P).unsqueeze(1) % 2, place[:, :1]
+    first, alike = place[:, :1], mixtures(one, place[:, :1], one, 6)
     unrelated = mixtures(normals(P, 4, seed=1).exp(), 3 * place,
                          0.5 * (0.7 * normals(P, 4, seed=2)).exp(), 3)
-    bimodal = mixtures(one.expand(P, 2), torch.cat([first - 2 * odd, first + 2 * odd], 1),
-                       (1 - 0.6 * odd).expand(P, 2), 4)
-    rare, far = doubles([[0.98, 0.02]]).expand(P, 2), torch.cat([first, 4 + 2 * place[:, 1:2]], 1)
-    needles = mixtures(rare, far, doubles([[1, 0.3]]).expand(P, 2), 5)
-    alike = mixtures(one, first, one, 6)
+    needles = mixtures(doubles([[0.98, 0.02]]).expand(P, 2), torch.cat([first, 4 + 2 * first], 1),
+                       doubles([[1, 0.3]]).expand(P, 2), 5)
     tails = normals(P, 2000, seed=7) / normals(P, 2000, seed=8).abs()
     heavy = 3 * first + place[:, 1:2].exp() * tails
-    return {"unrelated": unrelated, "half are bimodal": bimodal, "needles": needles, "alike": alike,
-            "ties": alike.round(), "heavy tails": heavy}
-
-
-def mean_floor(log_F, truth, N):
-    return sharing.floor(log_F, truth, N).mean().item()
-
-
-def shared(rewards, samples, features=None):
-    prompt = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
-    log_F = sharing.shared_log_F(list(samples), features)
-    return log_F(rewards.flatten(), prompt).view_as(rewards)
+    return {"unrelated": unrelated, "needles": needles, "alike": alike, "ties": alike.round(),
+            "heavy tails": heavy}
 
 
 @pytest.mark.parametrize("case", reward_distributions(2))
@@ -1998,9 +1906,11 @@ def test_sharing_does_no_harm(case):
     truth = sharing.by_ranks(rewards, rewards)
     for M in (8, 32, 200, 1000):
         samples = rewards.gather(1, torch.randint(T, (P, M), generator=seeded(M)))
-        by_ranks, by_all = sharing.by_ranks(rewards, samples), shared(rewards, samples)
+        log_F, prompt = sharing.shared_log_F([*samples]), torch.arange(P).repeat_interleave(T)
+        by_ranks, by_all = sharing.by_ranks(rewards, samples), log_F(rewards.flatten(), prompt)
         for N in (4, 16, 64):
-            of_ranks, of_all = (mean_floor(log_F, truth, N) for log_F in (by_ranks, by_all))
+            of_ranks, of_all = (sharing.floor(log_F, truth, N).mean().item()
+                                for log_F in (by_ranks, by_all.view(P, T)))
             assert of_all <= 1.1 * of_ranks, (M, N, of_all, of_ranks)
             if case == "alike" and M < 1000:
                 assert of_all < 0.6 * of_ranks, (M, N, of_all, of_ranks)
@@ -2031,7 +1941,7 @@ def test_shared_log_F_is_finite_monotone_and_depends_on_ranks_only():
     samples = [torch.randn(M, generator=generator, dtype=torch.double) + i
                for i, M in enumerate([0, 1, 2, 5, 40, 0, 7, 3])]
     ties, features = [r.round() for r in samples], torch.randn(8, 2, generator=generator)
-    for ref in (samples, ties, samples[:2], [r[:1] for r in samples], [torch.zeros(5).double()] * 3):
+    for ref in (samples, ties, samples[:2], [r[:1] for r in samples], [doubles([0.0] * 5)] * 3):
         for x in (None, features[:len(ref)], torch.ones(len(ref), 1)):
             log_F, mapped = (sharing.shared_log_F(r, x) for r in (ref, [r.exp() for r in ref]))
             for i in range(len(ref)):
@@ -2043,23 +1953,10 @@ def test_shared_log_F_is_finite_monotone_and_depends_on_ranks_only():
     first = torch.zeros(len(grid)).long()
     one, two = (sharing.shared_log_F(samples, x) for x in (features, features.double() ** 3))
     close(one(grid, first), two(grid, first))
-    for bad, x in (([torch.empty(0)] * 2, None), ([doubles([NAN])], None), (samples, features * NAN)):
+    nan = doubles([NAN])
+    for bad, x in (([torch.empty(0)] * 2, None), ([nan], None), (samples, features * NAN)):
         with pytest.raises(ValueError, match="sample of at least one prompt"):
             sharing.shared_log_F(bad, x)
-
-
-def test_a_feature_replaces_samples():
-    """Prompts without samples, of which a feature gives the mean, are closer to Best-of-16 than with
-    8 samples by ranks, and far closer than without the feature."""
-    rewards = reward_distributions()["alike"].sort(1).values
-    truth = sharing.by_ranks(rewards, rewards)
-    samples = [r[torch.randint(2000, (32,), generator=seeded(i))] if i % 2 else r[:0]
-               for i, r in enumerate(rewards)]
-    floors = [mean_floor(shared(rewards, samples, x)[::2], truth[::2], 16)
-              for x in (rewards.mean(1, keepdim=True) ** 3, None)]
-    few = rewards.gather(1, torch.randint(2000, (48, 8), generator=seeded()))
-    assert floors[0] < mean_floor(sharing.by_ranks(rewards, few)[::2], truth[::2], 16) / 2
-    assert floors[0] < floors[1] / 3
 
 
 def test_conversion_of_a_samples_folder(imdb_runs, models, tmp_path, monkeypatch):
@@ -2102,7 +1999,7 @@ def test_study_of_shared_log_F(models, tmp_path, monkeypatch):
         assert noise == pytest.approx((N - 1) / 4000, rel=0.1)
     found = sharing.by_ranks(samples, few)
     close(found[3], vbon.estimate_log_F(samples[3], few[3]))
-    floor = mean_floor(found, torch.special.log_ndtr(samples), 16)
+    floor = sharing.floor(found, torch.special.log_ndtr(samples), 16).mean()
     assert floor == pytest.approx(15 / 128, rel=0.3)
     monkeypatch.setattr(sharing, "HERE", tmp_path / "results")
     (tmp_path / "results").mkdir()
@@ -2117,7 +2014,8 @@ def test_study_of_shared_log_F(models, tmp_path, monkeypatch):
 
 
 def test_samples_needed(toy, tmp_path):
-    test, a, generator, rejected = samples_needed.kolmogorov_smirnov, torch.arange(100.0), seeded(), 0
+    test, a = samples_needed.kolmogorov_smirnov, torch.arange(100.0)
+    generator, rejected = seeded(), 0
     assert test(a, a) == (0, 1)
     D, p = test(a, a + 1000)
     assert D == 1 and p < 1e-20

@@ -1005,13 +1005,14 @@ def check_sampler(lm, eos, args):
     for example, takes padding into its state."""
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
     prompts, uniforms = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 3]], torch.linspace(0.1, 0.9, 16).view(4, 4)
+    args = argparse.Namespace(**vars(args) | {"dtype": "float32", "temperature": 1.0})
     with loading(problem):
         rollout = generate(lm, prompts, uniforms.to(args.device), eos, args.temperature)
         reference_log_probs(lm, rollout, args)
         replayed = response_log_probs(lm, rollout, args.temperature, args.unfrozen_layers)[0]
         for i, response in enumerate(token_lists(rollout)):
             n, ids = len(response), torch.tensor([prompts[i // 2] + response], device=args.device)
-            plain = (lm(ids).logits[0, -n - 1:-1].float() / args.temperature).log_softmax(-1)
+            plain = lm(ids).logits[0, -n - 1:-1].float().log_softmax(-1)
             plain = plain.gather(1, ids[0, -n:, None]).squeeze(1)
             error = torch.stack([rollout.log_probs[i, :n], replayed[i, :n]]).sub(plain).abs().max()
             if not error < 0.02:

@@ -396,6 +396,9 @@ def parse_study(argv):
 def main(argv=None):
     command, *argv = (sys.argv[1:] if argv is None else argv) or [""]
     jobs = {"convert": (parse_convert, convert), "study": (parse_study, study)}
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
 
     def parse():
         if command not in jobs:
