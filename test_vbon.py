@@ -819,7 +819,7 @@ SCRIPTS = [(vbon, []), (vbon, ["--prefix-critic", "1", "--token-bias-lr", "0.1"]
 def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monkeypatch):
     """kill -9 while a checkpoint is written. The resumed run ends as one that was not killed."""
     monkeypatch.chdir(tmp_path)
-    argv = [*method, *flags(TOY, episodes=1024, save_every=2)]
+    argv = [*method, *flags(TOY, episodes=512, save_every=1)]
     process = start_and_kill(2, "checkpoint.pt", *argv, "--out", "killed", cwd=tmp_path,
                              script=script.__name__)
     succeeded(call(*argv, "--out", "whole", "--samples", "whole-samples", script=script))
@@ -829,7 +829,7 @@ def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monk
     assert "resumed" in succeeded(call(*resume, script=script)).stdout
     assert same(weights(Path("whole")), weights(Path("killed")))
     assert metrics_of(Path("whole")) == metrics_of(Path("killed"))
-    assert metrics_of(Path("whole"))[-1]["episode"] == 1024
+    assert metrics_of(Path("whole"))[-1]["episode"] == 512
     assert not Path("killed/checkpoint.pt").exists()
     refused(call(*resume, script=script), "killed holds a run")  # it is finished
 
@@ -1157,19 +1157,15 @@ TESTED = flags(test_prompts=4, test_M=4, test_responses=2)  # of evaluate.py
 
 
 def test_imdb_verbatim_from_an_offline_hub(models, tmp_path):
-    """--task imdb with the hub's names, without a hub, and from a cache that holds small models."""
-    argv = [HERE / "vbon.py", "--task", "imdb", "--N", 16, *flags(FEW)]
-    missing = command(*argv, cwd=tmp_path, HF_HOME=str(tmp_path / "empty"))
-    refused(missing, "lvwerra/gpt2-imdb", "--ref")
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "samples").exists()
+    """--task imdb with the hub's names, from a cache that holds small models."""
     train, test = ([{"text": f"{start} {i} of a film that I liked — café, {i % 7} stars."}
                     for i in range(40)] for start in ("Review", "Another"))
     names = {"lvwerra/gpt2-imdb": models / "ref", "lvwerra/distilbert-imdb": models / "reward"}
     lay_out_hub(tmp_path / "home", names, "stanfordnlp/imdb", "plain_text",
                 {"train": train, "test": test})
     home, run = str(tmp_path / "home"), tmp_path / "runs/imdb-vbon-N16-M6-seed0"
-    succeeded(command(*argv, cwd=tmp_path, HF_HOME=home))
-    succeeded(command(HERE / "evaluate.py", run, *TESTED, cwd=tmp_path, HF_HOME=home))
+    for argv in ["vbon.py", "--task", "imdb", "--N", 16, *flags(FEW)], ["evaluate.py", run, *TESTED]:
+        succeeded(command(HERE / argv[0], *argv[1:], cwd=tmp_path, HF_HOME=home))
     (tested,) = run.glob("eval-*.json")
     assert read_json(run / "result.json")["episodes"] == 16
     prompts = {s["prompt"] for s in read_json(tested)["samples"]}
@@ -1233,7 +1229,9 @@ def test_tldr_verbatim_from_an_offline_hub(tmp_path):
     second = ["--reward", hub.format("6.9b", "reward"), "--temperatures", 0.25, 1]
     script("results/curves.py", *tested, *second, "--against", "temperature")
     assert (tmp_path / "figures/tldr-temperatures.png").stat().st_size > 10_000
-    assert "T = 0.25, evaluator EleutherAI_pythia-6.9b" in script("evaluate.py", *tested, *second)
+    keys = [read_json(path)["key"] for path in run.glob("eval-*.json")]
+    found = [(key["temperature"], key["reward"] == second[1]) for key in keys]
+    assert sorted(found) == [(0.25, True), (0.7, False), (1.0, True)]
 
 
 @pytest.mark.parametrize("name", ["reward", "no_pad"])
@@ -1367,12 +1365,17 @@ vbon.update = watched"""
 
 @pytest.mark.parametrize("extras", [{}, dict(prefix_critic=0, token_bias_lr=0, lam=0.95)])
 def test_two_processes_train_one_policy(models, extras, tmp_path):
-    """With the prefix critic and the token bias, and without. A killed process ends the run."""
-    argv = flags(own(models, **extras), device="cpu", rollouts=16, episodes=64, lr=1e-3,
+    """With the prefix critic and the token bias. Without them, one process is killed first."""
+    argv = flags(own(models, **extras), device="cpu", rollouts=16, episodes=64, lr=1e-3, out="run",
                  save_every=1, sample_batch=10, samples="samples")
     with mock.patch.object(vbon, "WORLD_SIZE", 2):
         refused(call(*argv, "--minibatch", 3), "--rollouts and --minibatch must be multiples of 2")
-    printed = succeeded(torchrun(WATCHED, *argv, "--out", "run", cwd=tmp_path)).stdout
+    if extras:
+        killed = torchrun(WATCHED, *argv, cwd=tmp_path, KILL="1")
+        assert killed.returncode and not (tmp_path / "run/result.json").exists()
+    printed = succeeded(torchrun(WATCHED, *argv, *["--resume"] * len(extras), cwd=tmp_path)).stdout
+    assert printed.count("means over the last") == 1  # only rank 0 prints
+    assert ("resumed after" in printed) == bool(extras)
     succeeded(call(*argv, "--samples", tmp_path / "alone", "--out", tmp_path / "one"))
     assert files(tmp_path / "alone") == files(tmp_path / "samples")
     first, second = (torch.load(tmp_path / f"weights{rank}") for rank in (0, 1))
@@ -1383,13 +1386,6 @@ def test_two_processes_train_one_policy(models, extras, tmp_path):
     assert [row["episode"] for row in rows] == [16, 32, 48, 64]
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert abs(rows[0]["objective/kl_to_ref"]) < 1e-4 < abs(rows[-1]["objective/kl_to_ref"])
-    assert printed.count("means over the last") == 1  # only rank 0 prints
-    if not extras:
-        killed = torchrun(WATCHED, *argv, "--out", "killed", cwd=tmp_path, KILL="1")
-        assert killed.returncode and not (tmp_path / "killed/result.json").exists()
-        succeeded(torchrun(WATCHED, *argv, "--out", "killed", "--resume", cwd=tmp_path))
-        assert [row["episode"] for row in metrics_of(tmp_path / "killed")] == [16, 32, 48, 64]
-        assert same(weights(tmp_path / "killed"), saved)
 
 
 def test_resume_refuses_other_weights_behind_ref(models, tmp_path):
@@ -2002,6 +1998,7 @@ def test_study_of_shared_log_F(models, tmp_path, monkeypatch):
     floor = sharing.floor(found, torch.special.log_ndtr(samples), 16).mean()
     assert floor == pytest.approx(15 / 128, rel=0.3)
     monkeypatch.setattr(sharing, "HERE", tmp_path / "results")
+    monkeypatch.setattr(sharing, "REPETITIONS", 1)
     (tmp_path / "results").mkdir()
     argv = ["study", *flags(own(models, train_prompts=16), samples=tmp_path / "samples", test_M=260,
                             second_reward=models / "reward")]
