@@ -811,25 +811,26 @@ def test_one_response_of_one_token_gives_finite_numbers(N, tmp_path):
 
 # ========== Runs that are killed, stopped, resumed, overwritten ==================================
 
-SCRIPTS = [(vbon, []), (vbon, ["--prefix-critic", "1", "--token-bias-lr", "0.1"]),
+SCRIPTS = [(vbon, ["--prefix-critic", "0", "--token-bias-lr", "0"]),
+           (vbon, ["--prefix-critic", "1", "--token-bias-lr", "0.1"]),
            (bon_baselines, ["bonbon", "--N", "4"]), (bon_baselines, ["bond"])]
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
-def test_a_killed_run_resumes_to_the_same_weights(script, method, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(models, script, method, tmp_path, monkeypatch):
     """kill -9 while a checkpoint is written. The resumed run ends as one that was not killed."""
     monkeypatch.chdir(tmp_path)
-    argv = [*method, *flags(TOY, episodes=512, save_every=1)]
+    argv = [*method, *flags(own(models), episodes=32, save_every=1)]
     process = start_and_kill(2, "checkpoint.pt", *argv, "--out", "killed", cwd=tmp_path,
                              script=script.__name__)
     succeeded(call(*argv, "--out", "whole", "--samples", "whole-samples", script=script))
     assert process.wait() == -9 and Path("killed/checkpoint.pt").exists()
     assert not Path("killed/result.json").exists()
-    resume = [*method, "--out", "killed", "--resume"]  # its settings are those of the run
-    assert "resumed" in succeeded(call(*resume, script=script)).stdout
+    resume = [*method[:script is bon_baselines], "--task", "imdb", "--out", "killed", "--resume"]
+    assert "resumed" in succeeded(call(*resume, script=script)).stdout  # with the run's settings
     assert same(weights(Path("whole")), weights(Path("killed")))
     assert metrics_of(Path("whole")) == metrics_of(Path("killed"))
-    assert metrics_of(Path("whole"))[-1]["episode"] == 512
+    assert [row["episode"] for row in metrics_of(Path("whole"))] == [8, 16, 24, 32]
     assert not Path("killed/checkpoint.pt").exists()
     refused(call(*resume, script=script), "killed holds a run")  # it is finished
 
@@ -1164,8 +1165,9 @@ def test_imdb_verbatim_from_an_offline_hub(models, tmp_path):
     lay_out_hub(tmp_path / "home", names, "stanfordnlp/imdb", "plain_text",
                 {"train": train, "test": test})
     home, run = str(tmp_path / "home"), tmp_path / "runs/imdb-vbon-N16-M6-seed0"
-    for argv in ["vbon.py", "--task", "imdb", "--N", 16, *flags(FEW)], ["evaluate.py", run, *TESTED]:
-        succeeded(command(HERE / argv[0], *argv[1:], cwd=tmp_path, HF_HOME=home))
+    for script, *argv in (["vbon.py", "--task", "imdb", "--N", 16, *flags(FEW)],
+                          ["evaluate.py", run, *TESTED]):
+        succeeded(command(HERE / script, *argv, cwd=tmp_path, HF_HOME=home))
     (tested,) = run.glob("eval-*.json")
     assert read_json(run / "result.json")["episodes"] == 16
     prompts = {s["prompt"] for s in read_json(tested)["samples"]}
@@ -1373,7 +1375,7 @@ def test_two_processes_train_one_policy(models, extras, tmp_path):
     if extras:
         killed = torchrun(WATCHED, *argv, cwd=tmp_path, KILL="1")
         assert killed.returncode and not (tmp_path / "run/result.json").exists()
-    printed = succeeded(torchrun(WATCHED, *argv, *["--resume"] * len(extras), cwd=tmp_path)).stdout
+    printed = succeeded(torchrun(WATCHED, *argv, *["--resume"] * bool(extras), cwd=tmp_path)).stdout
     assert printed.count("means over the last") == 1  # only rank 0 prints
     assert ("resumed after" in printed) == bool(extras)
     succeeded(call(*argv, "--samples", tmp_path / "alone", "--out", tmp_path / "one"))
