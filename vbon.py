@@ -1434,8 +1434,9 @@ def parse_args(parser, derive, argv=None):
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     derive(args)
-    for name in saved.keys() - {"device", "samples", "save_every", "resume", "overwrite", "out"}:
-        if getattr(args, name) != saved[name]:
+    free = ("device", "samples", "save_every", "resume", "overwrite", "out")
+    for name in saved:
+        if name not in free and getattr(args, name) != saved[name]:
             raise UserError(f"--resume: {path} has {name} = {saved[name]}, "
                             f"got {getattr(args, name)}")
     return args
