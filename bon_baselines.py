@@ -152,9 +152,8 @@ def sequence_log_probs(lm, batch, args):
 
 def response_log_probs(policy, task, prompts, responses, args):
     """log π_θ and log π_ref of B responses, given as token lists, both (B,), nats."""
-    eos = task.tokenizer.eos_token_id
-    ids, attention = vbon.pad([task.encode(p) for p in prompts], eos, "left", args.device)
-    tokens, mask = vbon.pad(responses, eos, "right", args.device)
+    ids, attention = vbon.pad([task.encode(p) for p in prompts], task.eos[0], "left", args.device)
+    tokens, mask = vbon.pad(responses, task.eos[0], "right", args.device)
     batch = vbon.Rollout(torch.cat([ids, tokens[:, :-1]], 1),
                          torch.cat([attention, mask[:, :-1]], 1), tokens, mask)
     log_ref = vbon.reference_log_probs(task.ref, batch, args).sum(1)  # computes the frozen layers
@@ -179,8 +178,8 @@ def sample(lm, task, prompts, uniforms, args):
     """Sample and score B responses, the same number to each prompt. uniforms (B, T) are grouped by
     prompt. Returns: Rollout, texts, rewards (B,) float64."""
     with vbon.autocast(args):
-        batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms,
-                              task.tokenizer.eos_token_id, args.temperature)
+        batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms, task.eos,
+                              args.temperature)
     prompts = [p for p in prompts for _ in range(len(uniforms) // len(prompts))]
     texts = vbon.decode(task, prompts, vbon.token_lists(batch))
     return batch, texts, torch.tensor(task.score(prompts, texts), dtype=torch.double)
@@ -249,7 +248,7 @@ def train(args):
                 for a, p in zip(anchored, trained):
                     a.data.lerp_(p.data, args.eta)
                 history.append(torch.stack([loss.detach(), log_ratio]))
-            vbon.check_finite(optimizer)
+            vbon.check_finite(trained)
 
             done, (loss, log_ratio) = iteration + 1, torch.stack(history).mean(0).tolist()
             metrics = {"episode": done * args.rollouts, "objective/loss": loss,
@@ -318,7 +317,7 @@ def parse_args(argv=None):
     parser.add_argument("--objective", choices=METHODS, help=argparse.SUPPRESS)  # positional here
     parser.add_argument("objective", choices=METHODS, help="method")
     add = parser.add_argument_group("baselines").add_argument
-    add("--N", type=vbon.number, help="N of Best-of-N, a whole number; not used by dpo and bond")
+    add("--N", type=float, help="N of Best-of-N, a whole number; not used by dpo and bond")
     add("--M", type=int, help="number of reference samples per training prompt; raised if N needs "
         "more, not used by bon and bond")
     add("--beta", type=float, help="dpo: weight β of the KL penalty")
@@ -329,7 +328,7 @@ def parse_args(argv=None):
     add("--episodes", type=int, help="total number of training examples; for bond, of prompts")
     add("--rollouts", type=int, help="training examples per iteration")
     add("--minibatch", type=int, help="training examples per gradient step")
-    return vbon.parse_args(parser, derive, argv)
+    return vbon.parse_args(argv, parser, derive)
 
 
 def derive(args):

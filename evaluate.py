@@ -132,8 +132,8 @@ def sample_policy(policy, task, args, R, seed):
         shape = len(prompts) * R, args.max_new_tokens
         uniforms = torch.rand(shape, generator=generator, device=args.device)
         with vbon.autocast(args):
-            rollout = vbon.generate(policy, [task.encode(p) for p in prompts], uniforms,
-                                    task.tokenizer.eos_token_id, args.temperature)
+            rollout = vbon.generate(policy, [task.encode(p) for p in prompts], uniforms, task.eos,
+                                    args.temperature)
             for rows in torch.arange(len(uniforms), device=args.device).split(args.minibatch):
                 kls += response_kls(policy, task.ref, rollout[rows], args.temperature).tolist()
         repeated = [prompt for prompt in prompts for _ in range(R)]
@@ -159,7 +159,8 @@ def load_task(settings, device, reward):
                               minibatch=32)
     task = evaluator = vbon.setup(args, split="test")
     if reward:
-        score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward)
+        score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward,
+                                            args.dtype)
         evaluator = dataclasses.replace(task, score=score, reward_id=reward_id)
     return task, evaluator, {"device": args.device, "backend": args.backend}
 
@@ -167,7 +168,9 @@ def load_task(settings, device, reward):
 @functools.cache
 def hash_folder(name):
     """Hash of the files in a model folder. A hub name, which is no folder, stands for itself."""
-    files = sorted(path for path in Path(name).glob("*") if path.is_file())
+    script = name.rpartition(":")[0]
+    files = [Path(script)] if script.endswith(".py") else sorted(
+        path for path in Path(name).glob("*") if path.is_file())
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -528,8 +531,8 @@ def plot_excess(path, title, runs):
 
 def make_parser(description):
     """A parser with the flags of a test, to which the caller can add flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=vbon.HelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(message):
         raise UserError(message)

@@ -9,7 +9,6 @@ Paper: Amini, Vieira, Ash, Cotterell, "Variational Best-of-N Alignment", ICLR 20
     python vbon.py --task imdb --N 16             # the paper's sentiment task, from the model hub
     python vbon.py --task imdb --ref DIR --reward DIR --dataset DIR    # your own models and data
     python vbon.py --objective rlhf --beta 0.1    # baseline: KL-regularized RL with the same PPO
-    torchrun --nproc_per_node=2 vbon.py --task imdb
     python evaluate.py runs/imdb-*                # test the trained policies
 
 Algorithm 1:
@@ -35,6 +34,7 @@ prompts, M reference samples per prompt, B responses, T response tokens, L promp
 size H, vocabulary V. K is the number of trained layers. Equation numbers are the paper's.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -47,10 +47,8 @@ import random
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Callable
 
@@ -61,9 +59,31 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+# Number of this process and of all processes. torchrun sets them.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. It is printed as one line, with exit code 2."""
+
+
+def all_gather(x):
+    """Return [x of each process]. x is anything that can be pickled."""
+    gathered = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(gathered, x)
+    return gathered
+
+
+def all_sum(x):
+    """Sum of x over the processes."""
+    return sum(all_gather(x))
+
+
+def autocast(args):
+    """Run forward passes in bfloat16 with --dtype bfloat16."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 # ========== 1. Mathematics =======================================================================
@@ -77,9 +97,9 @@ def log_bon_pmf(log_F, log_p, N):
 
     Args: log_F = log P(r(y') < r(y)) for y' ~ π_ref, may be −inf; log_p = log π_ref(y|x), with EOS;
     N, real, at least 1, else ValueError. All are broadcast.
-    Returns: log π_bon(y), differentiable, with a relative accuracy of 1e-10 (absolute below 1).
+    Returns: log π_bon(y), float64, differentiable, with a relative accuracy of 1e-10 (absolute
+    below 1).
     """
-    dtype = torch.promote_types(*(getattr(x, "dtype", torch.double) for x in (log_F, log_p)))
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
         raise ValueError(f"N must be at least 1, got {N.min().item():g}")
@@ -88,8 +108,7 @@ def log_bon_pmf(log_F, log_p, N):
     log_factor = torch.log(-torch.expm1(-N * torch.nn.functional.softplus(d.clamp(min=-600))))
     # Below d = −600, where e^d underflows, the factor equals N·e^d.
     log_factor = torch.where(d < -600, torch.log(N) + d, log_factor)
-    log_pmf = N * torch.logaddexp(log_F, log_p) + log_factor
-    return log_pmf.to(dtype) if dtype.is_floating_point else log_pmf
+    return N * torch.logaddexp(log_F, log_p) + log_factor
 
 
 ESTIMATORS = ("add_one", "log_mean", "smooth")
@@ -166,11 +185,10 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     Where log p < −30, "vbon" equals "bound" + log(N)/N to 1e-10, so a trainer that subtracts a
     baseline can use "bound" with log_p = 0.
 
-    Args: log_F, log_p, N as in `log_bon_pmf`. Returns: the broadcast shape.
+    Args: log_F, log_p, N as in `log_bon_pmf`. Returns: the broadcast shape, float64.
     Raises: ValueError if N is below 1 or the objective is unknown.
     """
-    log_F, log_p, N = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.double)
-                       for x in (log_F, log_p, N))
+    log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
         raise ValueError(f"N must be at least 1, got {N.min().item():g}")
     if objective == "vbon":
@@ -301,10 +319,12 @@ def decode(task, prompts, responses):
     def text(ids):
         return task.tokenizer.decode(ids, skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
-    lengths, texts = {p: len(text(task.encode(p))) for p in set(prompts)}, []
-    for prompt, ids in zip(prompts, responses):
-        end = task.end if ids[-1:] == [task.tokenizer.eos_token_id] else ""
-        texts.append(text(task.encode(prompt) + ids)[lengths[prompt]:] + end)
+    distinct, texts = {str(p): task.encode(p) for p in prompts}, []
+    lengths = {key: len(text(ids)) for key, ids in distinct.items()}
+    for key, ids in zip(map(str, prompts), responses):
+        ended = bool(ids) and ids[-1] in task.eos
+        whole = text(distinct[key] + (ids[:-1] if ended else ids))
+        texts.append(whole[lengths[key]:] + (task.end if ended else ""))
     return texts
 
 
@@ -321,8 +341,7 @@ def forward(lm, ids, mask, keep, temperature, cache=None):
     with lm.get_output_embeddings().register_forward_pre_hook(keep_hidden):
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    return logits, hidden[0].float()
+    return logits.float() / temperature, hidden[0].float()
 
 
 def sample_tokens(logits, uniforms):
@@ -330,9 +349,7 @@ def sample_tokens(logits, uniforms):
     log-probs (B,). `torch.multinomial` is several times slower."""
     pi = logits.softmax(-1)
     cdf = pi.cumsum(-1)
-    total = cdf[:, -1:]  # 1 up to rounding
-    below = torch.nextafter(total, torch.zeros_like(total))
-    u = torch.minimum(uniforms.unsqueeze(1) * total, below)
+    u = uniforms.unsqueeze(1) * (1 - 2 ** -22) * cdf[:, -1:]  # below the total, also when rounded
     tokens = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[1] - 1)
     # On a GPU the parallel cumsum may select a token of probability 0.
     log_probs = pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log()
@@ -343,32 +360,32 @@ def sample_tokens(logits, uniforms):
 def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     """Sample B responses, the same number to each prompt (token ids). Returns a Rollout.
 
-    uniforms (B, T): a random number per token, rows grouped by prompt. A prompt is read once and
-    its KV cache repeated. Ended responses leave the batch.
+    uniforms (B, T): a random number per token, rows grouped by prompt. eos: the token ids that end
+    a response. A prompt is read once and its KV cache repeated. Ended responses leave the batch.
     """
     from transformers import DynamicCache  # takes seconds to import
     device, (B, T), samples = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
 
     # Read every prompt once.
-    ids, attention = pad(prompts, eos, "left", device)
+    ids, attention = pad(prompts, eos[0], "left", device)
     cache = DynamicCache(config=lm.config)
     logits, hidden = forward(lm, ids, attention, 1, temperature, cache)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
         repeated = (x.repeat_interleave(samples, 0) for x in (ids, attention, logits, hidden))
         ids, attention, logits, hidden = repeated
-    prompt_mask, tokens = attention, torch.full((B, T), eos, device=device)
+    prompt_mask, tokens = attention, torch.full((B, T), eos[0], device=device)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
     log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
 
     # Sample token by token. `alive` are the rows whose response has not ended.
-    alive = torch.arange(B, device=device)
+    alive, ends = torch.arange(B, device=device), torch.tensor(eos, device=device)
     for t in range(T):
         token, log_prob = sample_tokens(logits[:, -1], uniforms[alive, t])
         tokens[alive, t], log_probs[alive, t], mask[alive, t] = token, log_prob, True
         if value_head is not None:
             values[alive, t] = value_head(hidden[:, -1]).squeeze(-1).float()
-        growing = (token != eos).nonzero().squeeze(1)
+        growing = torch.isin(token, ends, invert=True).nonzero().squeeze(1)
         if t + 1 == T or len(growing) == 0:
             break
         if len(growing) < len(alive):
@@ -389,7 +406,7 @@ def transformer_layers(lm):
     raise UserError(f"cannot find the layers of a {type(lm).__name__}: pass --unfrozen-layers -1")
 
 
-@contextmanager
+@contextlib.contextmanager
 def frozen_layers(lm, K, output=None):
     """Run the layers below the top K once per iteration, not once per model and epoch.
 
@@ -417,9 +434,8 @@ def response_log_probs(lm, batch, temperature, K=-1):
     If the Rollout has `frozen_hidden`, only the top K layers are computed.
     """
     output, tokens = batch.frozen_hidden, batch.tokens
-    if batch.layer_type is tuple:
-        output = (output,)
-    with frozen_layers(lm, -1 if batch.frozen_hidden is None else K, output):
+    K = -1 if output is None else K
+    with frozen_layers(lm, K, (output,) if batch.layer_type is tuple else output):
         logits, hidden = forward(lm, batch.input_ids, batch.attention_mask, tokens.shape[1],
                                  temperature)
     nll = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
@@ -441,8 +457,8 @@ def reference_log_probs(ref, rollout, args):
 
 def make_policy(ref, K, own_output=False):
     """Copy the reference model. Only the top K layers and what follows them (the final norm) are
-    trained, or everything for K = −1. The other tensors are frozen and shared with the reference
-    model. own_output: the output layer is not shared, nor tied to the embeddings."""
+    trained, in float32, or everything for K = −1. The other tensors are frozen and shared with the
+    reference model. own_output: the output layer is not shared, nor tied to the embeddings."""
     ref.requires_grad_(False)
     shared = {}
     if K != -1:
@@ -454,10 +470,11 @@ def make_policy(ref, K, own_output=False):
         shared = {id(p): p for p in ref.parameters() if p not in trained}
     policy = copy.deepcopy(ref, dict(shared))  # deepcopy does not copy what its memo holds
     for p in policy.parameters():
-        p.requires_grad_(id(p) not in shared)
+        if id(p) not in shared:
+            p.requires_grad_().data = p.data.float()
     if own_output:
-        output = policy.get_output_embeddings()
-        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=K == -1)
+        weight = policy.get_output_embeddings().weight.detach().float().clone()
+        policy.get_output_embeddings().weight = nn.Parameter(weight, requires_grad=K == -1)
         policy.config.tie_word_embeddings = False
     return policy
 
@@ -490,8 +507,8 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     # Sample one response per prompt with the policy. Decoding returns log-probs and values.
     uniforms = torch.rand(B, args.max_new_tokens, generator=generator, device=args.device)
     with autocast(args):
-        rollout = generate(policy, [task.encode(p) for p in prompts], uniforms,
-                           task.tokenizer.eos_token_id, args.temperature, value_head)
+        rollout = generate(policy, [task.encode(p) for p in prompts], uniforms, task.eos,
+                           args.temperature, value_head)
     mask, responses = rollout.mask, decode(task, prompts, token_lists(rollout))
     sampled = time.perf_counter()
 
@@ -532,7 +549,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
 
 def update(policy, value_head, optimizer, rollout, token_counts, args, generator):
     """Second half of an iteration: PPO on the rollout. Returns metrics."""
-    start, losses = time.perf_counter(), []
+    start, losses, parameters = time.perf_counter(), [], optimizer.param_groups[0]["params"]
 
     # For each epoch and minibatch: clipped policy loss, clipped value loss, one optimizer step.
     for _ in range(args.ppo_epochs):
@@ -550,7 +567,7 @@ def update(policy, value_head, optimizer, rollout, token_counts, args, generator
             vf_loss = value_loss(values, batch.values, batch.returns, mask, CLIP)
             optimizer.zero_grad()
             (pg_loss + args.value_coef * vf_loss).backward()
-            average_gradients(optimizer)
+            average_gradients(parameters)
             optimizer.step()
             with torch.no_grad():
                 log_ratio = log_probs - batch.log_probs
@@ -562,11 +579,10 @@ def update(policy, value_head, optimizer, rollout, token_counts, args, generator
     # With --token-bias-lr: one natural-gradient step on the output bias.
     lr = optimizer.param_groups[0]["lr"]
     if args.token_bias_lr:
-        step = args.token_bias_lr * lr / args.lr
         step_token_bias(policy.get_output_embeddings().weight, torch.cat(hidden_states), rollout,
-                        token_counts, step, args.kl_coef, all_sum)
+                        token_counts, args.token_bias_lr * lr / args.lr, args.kl_coef)
 
-    check_finite(optimizer)
+    check_finite(parameters)
     names = ("ppo/policy_loss", "ppo/value_loss", "ppo/approx_kl", "ppo/clip_fraction")
     means = dict(zip(names, torch.stack(losses).mean(0).tolist()))
     return means | {"ppo/lr": lr, "time/update": time.perf_counter() - start}
@@ -626,9 +642,17 @@ def make_optimizer(modules, args):
     return torch.optim.AdamW(trained, args.lr, (0.9, 0.95), args.adam_eps, 1e-6, fused=True)
 
 
-def check_finite(optimizer):
+def average_gradients(parameters):
+    """Replace every gradient by its mean over the processes."""
+    for p in parameters:
+        if WORLD_SIZE > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD_SIZE
+
+
+def check_finite(parameters):
     """Raise UserError before weights that are not finite are saved."""
-    if not sum(p.detach().square().sum() for p in optimizer.param_groups[0]["params"]).isfinite():
+    if not sum(p.detach().square().sum() for p in parameters).isfinite():
         raise UserError("the weights are no longer finite: pass a smaller --lr")
 
 
@@ -647,13 +671,19 @@ def atomic_write(path, text):
 
 
 def open_run(args):
-    """Write config.json. Without --resume, first remove what an earlier run left in --out."""
+    """Write config.json. First remove what an earlier run left in --out, unless it is resumed."""
+    resumed = args.resume and Path(args.out, "checkpoint.pt").exists()
+    names = ("result.json", "checkpoint.pt", "metrics.jsonl", "policy", "eval-*.json")
+    for path in () if resumed or RANK else itertools.chain(*map(Path(args.out).glob, names)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if RANK == 0:
-        names = () if args.resume else (
-            "result.json", "checkpoint.pt", "metrics.jsonl", "policy", "eval-*.json")
-        for path in itertools.chain(*map(Path(args.out).glob, names)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         atomic_write(f"{args.out}/config.json", json.dumps(vars(args), indent=2) + "\n")
+
+
+def summary(metrics):
+    """The training metrics that are worth watching, as text."""
+    shown = {k: metrics.get("objective/" + k) for k in ("reward", "kl_to_ref", "win_rate", "loss")}
+    return ", ".join(f"{k} {round(x, 3) + 0.0:.3f}" for k, x in shown.items() if x is not None)
 
 
 def log_metrics(args, metrics, bar):
@@ -661,9 +691,7 @@ def log_metrics(args, metrics, bar):
     if RANK == 0:
         with open(f"{args.out}/metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-    shown = {k: metrics.get("objective/" + k) for k in ("reward", "kl_to_ref", "win_rate", "loss")}
-    bar.set_postfix({k: f"{round(x, 2) + 0.0:.2f}" for k, x in shown.items() if x is not None},
-                    refresh=False)
+    bar.set_postfix_str(summary(metrics), refresh=False)
     bar.update()
 
 
@@ -678,50 +706,59 @@ def save_checkpoint(args, task, done, tensors, optimizer):
 
 def load_checkpoint(args, task, tensors, optimizer):
     """With --resume, restore tensors and optimizer in place. Returns the finished iterations."""
-    path, done = Path(args.out, "checkpoint.pt"), 0
-    if args.resume and path.exists():
-        with loading(f"cannot resume from {path} (--overwrite starts again)"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["ref"] != task.ref_id:
-                raise UserError(f"--resume: {path} was saved with other weights behind --ref")
-            for name, x in tensors.items():
-                x.data.copy_(state["tensors"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            done = state["done"]
-    if args.resume:
-        print(f"resumed after {done} iterations" if done else
-              f"--resume: no checkpoint in {args.out}, training starts from the beginning")
+    path, metrics = Path(args.out, "checkpoint.pt"), Path(args.out, "metrics.jsonl")
+    if not args.resume or not path.exists():
+        if args.resume:
+            print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
+        return 0
+    with loading(f"cannot resume from {path} (--overwrite starts again)"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["ref"] != task.ref_id:
+            raise UserError(f"--resume: {path} was saved with other weights behind --ref")
+        for name, x in tensors.items():
+            x.data.copy_(state["tensors"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed after {state['done']} iterations")
     if RANK == 0:  # drop the metrics of iterations that are repeated
-        lines = path.with_name("metrics.jsonl").read_text("utf-8").splitlines(True) if done else []
-        atomic_write(f"{args.out}/metrics.jsonl", "".join(lines[:done]))
-    return done
+        lines = metrics.read_text("utf-8").splitlines(True)
+        atomic_write(metrics, "".join(lines[:state["done"]]))
+    return state["done"]
 
 
 def save_run(args, task, policy, result):
     """Save the policy as a Hugging Face folder, then result.json, which marks a finished run."""
     if RANK > 0:
         return result
-    from transformers import GenerationConfig
-    # The policy is sampled as in training. The reference model's settings may differ.
-    policy.generation_config = GenerationConfig(
-        do_sample=True, temperature=args.temperature, top_k=0,
-        eos_token_id=task.tokenizer.eos_token_id)
-    policy.save_pretrained(f"{args.out}/policy")
-    task.tokenizer.save_pretrained(f"{args.out}/policy")
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    folder = f"{args.out}/policy"
+    # The settings of training, which may differ from the base model's.
+    policy.generation_config = GenerationConfig(do_sample=True, temperature=args.temperature,
+                                                top_k=0, eos_token_id=task.eos)
+    policy.config.dtype = torch.float32  # of the trained weights
+    policy.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
 
-    lines = [*map(json.loads, Path(args.out, "metrics.jsonl").read_text("utf-8").splitlines())]
-    last = lines[-max(1, len(lines) // 16):]
-    means = {k: np.mean([line[k] for line in last]).item() for k in last[0]
-             if k.startswith(("objective", "ppo", "time"))}
-    result = means | {k: x for k, x in lines[-1].items() if k[:5] == "exact"} | result
+    # The saved policy must be the trained one.
+    ids = torch.tensor([task.encode(task.prompts[0])])
+    with torch.no_grad(), autocast(args), loading(f"cannot load the saved policy {folder}"):
+        saved = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        trained = policy(ids.to(args.device)).logits.cpu()
+        error = (saved.float().log_softmax(-1) - trained.float().log_softmax(-1)).abs().max()
+        if not error < 10 * TOLERANCE[args.dtype]:
+            raise UserError(f"{folder}: log-probs of the saved policy differ by {error:.2g} nats "
+                            "from those of the trained one")
+
+    rows = [*map(json.loads, Path(args.out, "metrics.jsonl").read_text("utf-8").splitlines())]
+    last = rows[-max(1, len(rows) // 16):]
+    means = {k: np.mean([row[k] for row in last]) for k in last[0] if k in rows[0] and "/" in k}
     settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
-    atomic_write(f"{args.out}/result.json", json.dumps(settings | result, indent=2) + "\n")
+    exact = {k: x for k, x in last[-1].items() if k.startswith("exact")}
+    result = settings | means | exact | result
+    atomic_write(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
-    shown = {k: means.get("objective/" + k) for k in ("reward", "kl_to_ref", "win_rate", "loss")}
-    print("means over the last sixteenth of training: "
-          + ", ".join(f"{k} {x:.3f}" for k, x in shown.items() if x is not None))
+    print(f"means over the last sixteenth of training: {summary(means)}")
     print(f"finished in {result['seconds']:.0f} s; to test it: python evaluate.py {args.out}")
-    return settings | result
+    return result
 
 
 # ========== 5. Beyond the paper: prefix critic and token bias ====================================
@@ -744,13 +781,11 @@ def score_prefixes(task, prompts, rollout, ref_rewards, every):
 
 
 def prefix_values(u, rewards, mask, every, total=lambda x: x):
-    """Values from scores of partial responses: one ridge regression per block of `every` tokens.
-
-    The return at the first token of a block is regressed on (1, u, u², u³) over the responses that
-    reach it. Every token of the block gets the fitted value.
+    """Values (B, T) from scores of partial responses: one ridge regression per block of `every`
+    tokens. The return at the first token of a block is regressed on (1, u, u², u³) over the
+    responses that reach it. Every token of the block gets the fitted value, 0 where the mask is 0.
 
     Args: u of `score_prefixes`, rewards, mask, all (B, T); total sums a tensor over processes.
-    Returns: values (B, T), 0 where the mask is 0.
     """
     mask = mask.bool().cpu()
     returns = torch.where(mask, rewards.cpu().double(), 0.0).flip(1).cumsum(1).flip(1)
@@ -765,7 +800,7 @@ def prefix_values(u, rewards, mask, every, total=lambda x: x):
 
 
 @torch.no_grad()
-def step_token_bias(weight, hidden, rollout, counts, step, kl_coef, total=lambda x: x):
+def step_token_bias(weight, hidden, rollout, counts, step, kl_coef):
     """One natural-gradient step on a bias of the logits, one number per token of the vocabulary.
 
     The gradient for a token is the sum of the advantages where it was sampled, its Fisher
@@ -774,10 +809,11 @@ def step_token_bias(weight, hidden, rollout, counts, step, kl_coef, total=lambda
     the output weight (V, H) as bias·vᵀ, where v solves hidden·v = 1, exactly behind a LayerNorm.
 
     Args: hidden (n, H), the output layer's inputs; counts (V,), a running mean of how often each
-    token is sampled, updated in place; step, 0 to 1; total sums a tensor over processes.
+    token is sampled, updated in place; step, 0 to 1.
     """
     tokens, advantages = rollout.tokens, rollout.returns - rollout.values  # not whitened
-    sums, n = (total(torch.bincount(tokens[rollout.mask].cpu(), x[rollout.mask].cpu(), len(counts)))
+    sums, n = (all_sum(torch.bincount(tokens[rollout.mask].cpu(), x[rollout.mask].cpu(),
+                                      len(counts)))
                for x in (advantages.double(), torch.ones_like(advantages).double()))
     counts.lerp_(n, step if counts.any() else 1.0)
     bias = sums / kl_coef / (counts / step + 20)
@@ -786,7 +822,7 @@ def step_token_bias(weight, hidden, rollout, counts, step, kl_coef, total=lambda
     bias *= (0.005 / nats).sqrt().clamp(max=1.0)
 
     hidden = hidden.cpu().double()
-    gram, mean = total(hidden.T @ hidden), total(hidden.sum(0))
+    gram, mean = all_sum(hidden.T @ hidden), all_sum(hidden.sum(0))
     ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
     weight.add_(torch.outer(bias, torch.linalg.solve(gram + ridge, mean)).to(weight))
 
@@ -801,14 +837,13 @@ def reference_samples(task, args, tokens=False):
     token ids.
     """
     folder, header = samples_folder(task, args)
-    columns = ["rewards", "tokens"] if tokens else ["rewards"]
+    columns, path = ("rewards", "tokens") if tokens else ("rewards",), folder / "header.json"
     prompts, samples = {json.dumps(p): p for p in task.prompts}, read_samples(folder, columns)
     have = {key: len(samples.get(key, {}).get("rewards", ())) for key in prompts}
     missing = {key: p for key, p in prompts.items() if have[key] < args.M}
-    path = folder / "header.json"
     if (missing or tokens) and path.exists() and "converted" in path.read_text("utf-8"):
-        raise UserError(f"{folder} has converted rewards, {min(have.values())} per prompt, and no "
-                        "tokens: pass a smaller --M or another --samples")
+        raise UserError(f"{folder} has converted rewards, for some prompts {min(have.values())}, "
+                        "and no tokens: convert again, or pass another --samples or --M")
     if missing and RANK == 0:
         atomic_write(path, header)
         sample_missing(task, args, missing, have, folder)
@@ -852,28 +887,25 @@ def sample_missing(task, args, missing, have, folder):
         (sample, stop), size = vllm_sampler(task, args), 16_384
     size = max(1, size // args.M)
     order = sorted(missing, key=lambda key: (have[key], len(task.encode(missing[key])), key))
-    batches = [(start, keys[i:i + size]) for start, group in itertools.groupby(order, have.get)
-               for keys in [list(group)] for i in range(0, len(keys), size)]
-    total = sum(args.M - have[key] for key in missing)
     flags = "--M or --train-prompts" if task.split == "train" else "--test-M or --test-prompts"
+    total = sum(args.M - have[key] for key in missing)
     print(f"reference samples: {total:,} to generate, {args.M} for each of {len(have):,} prompts "
           f"(a smaller {flags} reduces them)")
-    with tqdm(total=total, desc="reference samples") as bar:
-        for start, keys in batches:
-            prompts, n = [missing[key] for key in keys], args.M - start
-            names = [f"{args.data_seed} {task.split} {p}".encode() for p in prompts]
-            seeds = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
-            tokens = sample(task, args, [task.encode(p) for p in prompts], seeds, start)
-            repeated = [p for p in prompts for _ in range(n)]
-            texts = decode(task, repeated, tokens)
-            columns = {"rewards": task.score(repeated, texts), "responses": texts, "tokens": tokens}
-            lines = ""
-            for i, p in enumerate(prompts):
-                part = {name: x[i * n:(i + 1) * n] for name, x in columns.items()}
-                row = {"prompt": p, "start": start} | part
-                lines += json.dumps(row, ensure_ascii=False) + "\n"
-            atomic_write(folder / f"{start:06}-{args.M:06}-{seeds[0]:016x}.jsonl", lines)
-            bar.update(len(tokens))
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    for keys in tqdm(batches, desc="reference samples", unit="batch"):
+        prompts, start = [missing[key] for key in keys], have[keys[0]]  # the lowest of the batch
+        names = [f"{args.data_seed} {task.split} {p}".encode() for p in prompts]
+        seeds = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
+        tokens = sample(task, args, [task.encode(p) for p in prompts], seeds, start)
+        repeated = [p for p in prompts for _ in range(args.M - start)]
+        texts = decode(task, repeated, tokens)
+        rewards, lines = task.score(repeated, texts), []
+        for i, p in enumerate(prompts):
+            own = slice(i * (args.M - start), (i + 1) * (args.M - start))
+            row = {"prompt": p, "start": start, "rewards": rewards[own], "responses": texts[own],
+                   "tokens": tokens[own]}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        atomic_write(folder / f"{start:06}-{args.M:06}-{seeds[0]:016x}.jsonl", "".join(lines))
     if stop:
         stop()  # training needs the memory
 
@@ -885,8 +917,8 @@ def sample_by_hand(task, args, prompts, seeds, start):
     rows = torch.from_numpy(np.concatenate(uniforms)).to(args.device)
     for part in rows.split(args.sample_batch):  # several parts only if one prompt has a large M
         with autocast(args):
-            tokens += token_lists(generate(task.ref, prompts, part, task.tokenizer.eos_token_id,
-                                           args.temperature))
+            rollout = generate(task.ref, prompts, part, task.eos, args.temperature)
+        tokens += token_lists(rollout)
     return tokens
 
 
@@ -900,8 +932,8 @@ def vllm_sampler(task, args):
 
     def sample(task, args, prompts, seeds, start):
         params = [SamplingParams(n=args.M - start, seed=(seed >> 3) + start, detokenize=False,
-                                 temperature=args.temperature, max_tokens=args.max_new_tokens)
-                  for seed in seeds]
+                                 temperature=args.temperature, max_tokens=args.max_new_tokens,
+                                 stop_token_ids=task.eos) for seed in seeds]
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = llm.generate(requests, params, use_tqdm=False)
         return [list(sample.token_ids) for output in outputs for sample in output.outputs]
@@ -917,39 +949,15 @@ class Task:
     tokenizer: object
     score: Callable     # (prompts, responses), two lists of B texts -> list of B rewards
     encode: Callable    # prompt -> token ids
-    prompts: list       # P prompts of the split, may repeat
+    prompts: list       # P texts, or chats as lists of messages, of the split; may repeat
     split: str          # train or test
     ref_id: str         # hash of the reference model
     reward_id: str      # hash of the reward
+    eos: list           # token ids that end a response
     end: str = ""       # text that marks EOS for the reward
 
 
-def text_task(args, split):
-    """imdb, tldr, or the user's own models and prompts (§5, §6)."""
-    from transformers import AutoModelForCausalLM
-    ref, tokenizer, ref_id = load_model("ref", AutoModelForCausalLM, args.ref, args.device)
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise UserError(f"--ref {args.ref}: the tokenizer must have an EOS token to end responses")
-    check_sampler(ref, eos, args)
-    end = "" if args.no_eos_reward is None else tokenizer.eos_token
-    score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward)
-
-    @cache
-    def encode(prompt):
-        ids = tokenizer.encode(prompt)
-        return ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers append EOS
-    room = getattr(ref.config, "max_position_embeddings", None) or math.inf
-    room -= args.max_new_tokens
-    prompts = load_prompts(args, split, tokenizer, min(512, room))
-    for prompt in prompts:
-        if not 0 < len(encode(prompt)) <= room:
-            raise UserError(f"prompts must have 1 to {room} tokens, so that --max-new-tokens more "
-                            f"fit --ref, got {len(encode(prompt))} in {prompt[:60]!r}")
-    return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, end)
-
-
-@contextmanager
+@contextlib.contextmanager
 def loading(what):
     """Turn what the libraries raise for a user's file or model into a one-line UserError."""
     try:
@@ -957,21 +965,82 @@ def loading(what):
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: {reason}") from None
+        error = error.__cause__ or error
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise UserError(f"{what}: {type(error).__name__}: {lines[0]}") from None
 
 
-def load_model(flag, loader, name, device):
-    """Load a hub name or folder in float32. Returns model, tokenizer and a hash of both."""
+# Largest accepted difference between two ways to compute the same logits.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+
+
+def text_task(args, split):
+    """imdb, tldr, or the user's own models and prompts (§5, §6)."""
+    from transformers import AutoModelForCausalLM
+    ref, tokenizer, ref_id = load_model("ref", AutoModelForCausalLM, args.ref, args.device,
+                                        args.dtype)
+    eos = np.atleast_1d(ref.generation_config.eos_token_id).tolist()  # chat models list several
+    eos = [i for i in dict.fromkeys([tokenizer.eos_token_id, *eos]) if i is not None]
+    if not eos:
+        raise UserError(f"--ref {args.ref} must have an EOS token, which ends responses")
+    end = "" if args.no_eos_reward is None else tokenizer.decode(eos[:1])
+    score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward, args.dtype)
+    known = {}
+
+    def encode(prompt):
+        if str(prompt) not in known:
+            ids = (tokenizer.encode(without_bos(tokenizer, prompt)) if isinstance(prompt, str) else
+                   tokenizer.apply_chat_template(prompt, add_generation_prompt=True,
+                                                 return_dict=False))
+            known[str(prompt)] = ids[:-1] if ids[-1:] == eos[:1] else ids  # some append EOS
+        return known[str(prompt)]
+    positions = getattr(ref.config, "max_position_embeddings", None) or math.inf
+    room = positions - args.max_new_tokens
+    prompts = load_prompts(args, split, tokenizer, min(512, room))
+    with loading(f"cannot encode the prompts of --dataset {args.dataset} with --ref {args.ref}"):
+        lengths = [len(encode(p)) for p in prompts]
+    for prompt, length in zip(prompts, lengths):
+        if not 0 < length <= room:
+            raise UserError(f"a prompt must have a token, and with --max-new-tokens at most "
+                            f"{positions}, the longest text of --ref, got {length} + "
+                            f"{args.max_new_tokens} tokens for {str(prompt)[:60]!r}")
+    check_sampler(ref, eos, args, max(lengths) + args.max_new_tokens)
+    return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
+
+
+def without_bos(tokenizer, text):
+    """Remove BOS from the start of a text if the tokenizer adds it again."""
+    adds = tokenizer.bos_token and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds else text
+
+
+def load_model(flag, loader, name, device, dtype="float32"):
+    """Load a hub name, or a folder of a model or PEFT adapter. Returns model, tokenizer and a hash
+    of both."""
     from transformers import AutoTokenizer
+    kwargs = {"dtype": getattr(torch, dtype)}
     with loading(f"cannot load --{flag} {name} (a hub name, or a folder with config.json, "
                  "tokenizer.json and weights)"):
-        model, info = loader.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+        if Path(name, "adapter_config.json").exists():
+            # Merge the adapter into its base model, so that the policy is saved whole.
+            import peft
+            heads = [len(x) for k, x in peft.load_peft_weights(name, "cpu").items()
+                     if k.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
+            adapted = getattr(peft, loader.__name__.replace("Auto", "AutoPeft"))
+            kwargs |= {"num_labels": n for n in heads[-1:]}
+            model = adapted.from_pretrained(name, **kwargs).merge_and_unload()
+            missing = [] if heads or flag != "reward" else ["a classification head"]
+        else:
+            model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+            missing = sorted(info["missing_keys"])[:4]
         tokenizer = AutoTokenizer.from_pretrained(name)
 
     # transformers fills in what a folder lacks: random weights, a tokenizer without words.
     words, rows = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
-    missing = sorted(info["missing_keys"])[:4]
+    if flag != "reward" and "Classification" in str(model.config.architectures):
+        missing.append("an output layer")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        missing.append("merged weights (pass an adapter as a local folder)")
     if len(words) <= len(tokenizer.all_special_tokens) or max(words.values()) >= rows:
         missing.append(f"a tokenizer.json for {rows} embeddings, got {len(words)} tokens")
     if missing:
@@ -991,7 +1060,8 @@ def hash_model(model, tokenizer):
     config = {k: config[k] for k in config if k[0] != "_" and k != "transformers_version"}
     words = getattr(tokenizer, "backend_tokenizer", None)
     words = words.to_str() if words else sorted(tokenizer.get_vocab().items())
-    rest = [config, words, tokenizer.special_tokens_map, tokenizer.model_max_length]
+    rest = [config, words, tokenizer.special_tokens_map, tokenizer.model_max_length,
+            tokenizer.chat_template]
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode())
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -1000,14 +1070,17 @@ def hash_model(model, tokenizer):
 
 
 @torch.no_grad()
-def check_sampler(lm, eos, args):
+def check_sampler(lm, eos, args, longest):
     """Refuse a model whose sampled log-probs differ from a plain forward pass. A recurrent model,
-    for example, takes padding into its state."""
+    for example, takes padding into its state. longest: length of the longest prompt and response,
+    in tokens, which may exceed the window of sliding attention."""
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
-    prompts, uniforms = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 3]], torch.linspace(0.1, 0.9, 16).view(4, 4)
-    args = argparse.Namespace(**vars(args) | {"dtype": "float32", "temperature": 1.0})
-    with loading(problem):
-        rollout = generate(lm, prompts, uniforms.to(args.device), eos, args.temperature)
+    window = getattr(lm.config, "sliding_window", None) or math.inf
+    prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
+    uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
+    args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
+    with loading(problem), autocast(args):
+        rollout = generate(lm, prompts, uniforms, eos, args.temperature)
         reference_log_probs(lm, rollout, args)
         replayed = response_log_probs(lm, rollout, args.temperature, args.unfrozen_layers)[0]
         for i, response in enumerate(token_lists(rollout)):
@@ -1015,25 +1088,62 @@ def check_sampler(lm, eos, args):
             plain = lm(ids).logits[0, -n - 1:-1].float().log_softmax(-1)
             plain = plain.gather(1, ids[0, -n:, None]).squeeze(1)
             error = torch.stack([rollout.log_probs[i, :n], replayed[i, :n]]).sub(plain).abs().max()
-            if not error < 0.02:
+            if not error < 10 * TOLERANCE[args.dtype]:
                 raise UserError(f"{problem}, its log-probs are off by {error:.2g} nats; try "
                                 "--unfrozen-layers -1")
 
 
-def load_reward(name, device, end="", without_end=None):
-    """Load a classifier as a reward: its only logit, or the probability of its positive label.
+def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
+    """Load the reward: a classifier, or with the name "file.py:function" a Python function of two
+    lists, prompts and responses, that returns a list of numbers.
 
     end: text at the end of a complete response. Others get the reward `without_end`.
     Returns: score(prompts, responses) -> list of floats, and a string that identifies the reward.
     """
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        with loading(f"cannot load --reward {name}"):
+            spec = importlib.util.spec_from_file_location("reward", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            compute = getattr(module, function)
+            identity = f"{function} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    else:
+        compute, identity = load_classifier(name, device, end, dtype)
+
+    def score(prompts, responses):
+        rows = [i for i, y in enumerate(responses) if y.endswith(end)]
+        complete = [responses[i].removesuffix(end) for i in rows]
+        with loading(f"--reward {name}"):
+            rewards = np.array(compute([prompts[i] for i in rows], complete), dtype=float)
+        if rewards.shape != (len(rows),):
+            raise UserError(f"--reward {name} must return {len(rows)} rewards for as many "
+                            f"responses, got the shape {rewards.shape}")
+        for i in np.flatnonzero(~np.isfinite(rewards)):
+            raise UserError(f"--reward {name}: rewards must be finite, got {rewards[i]} for the "
+                            f"response {complete[i]!r} to {str(prompts[rows[i]])[-60:]!r}")
+        scores = np.full(len(responses), without_end or 0.0)
+        scores[rows] = rewards
+        return scores.tolist()
+    return score, identity + (f", {without_end} without {end}" if end else "")
+
+
+def load_classifier(name, device, end, dtype):
+    """Load a classifier as a reward: its only logit, or the probability of its positive label (the
+    second one if no name begins with "pos"). Returns a function as in `load_reward`, and its hash.
+    """
     from transformers import AutoModelForSequenceClassification as Classifier
-    model, tokenizer, reward_id = load_model("reward", Classifier, name, device)
-    labels = {str(label).upper()[:3]: i for i, label in model.config.id2label.items()}
-    if len(labels) not in (1, 2):
-        raise UserError(f"--reward {name} must have one logit or two labels, got {len(labels)}")
-    positive = labels.get("POS", 1)
-    if len(labels) == 2:
-        print(f"reward: probability of the label {model.config.id2label[positive]!r}")
+    model, tokenizer, model_id = load_model("reward", Classifier, name, device, dtype)
+    labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+    if len(labels) > 2:
+        raise UserError(f"--reward {name} must have one logit or two labels, got "
+                        + ", ".join(labels))
+    index = next((i for i, x in enumerate(labels) if x.upper()[:3] == "POS"), len(labels) - 1)
+    multi_label = model.config.problem_type == "multi_label_classification"
+    reading = "the logit" if len(labels) == 1 else (
+        f"{'sigmoid' if multi_label else 'probability'} of the label {labels[index]!r}")
+    print(f"reward: {reading}")
+
     if tokenizer.pad_token is None:
         # Causal classifiers read the last token that is not padding. With `end` it is EOS.
         not_eos = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
@@ -1041,68 +1151,120 @@ def load_reward(name, device, end="", without_end=None):
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # keep the response
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    for path, x in model.named_modules():
+        if path.endswith("position_embeddings") and getattr(x, "padding_idx", None) is not None:
+            longest = min(longest, x.num_embeddings - x.padding_idx - 1)  # RoBERTa
+
+    def join(prompt, response):
+        if isinstance(prompt, str):
+            text = prompt + response + end
+        elif tokenizer.chat_template:
+            messages = [*prompt, {"role": "assistant", "content": response}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        else:
+            text = "\n".join([*(message["content"] for message in prompt), response + end])
+        return without_bos(tokenizer, text)
 
     @torch.no_grad()
-    def score(prompts, responses):
-        rewards = torch.full((len(responses),), without_end or 0.0)
-        texts = {i: p + y for i, (p, y) in enumerate(zip(prompts, responses)) if y.endswith(end)}
-        by_length = sorted(texts, key=lambda i: len(texts[i]))  # little padding
+    def compute(prompts, responses):
+        texts, rewards = list(map(join, prompts, responses)), torch.zeros(len(responses))
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
         for rows in (by_length[i:i + 128] for i in range(0, len(by_length), 128)):
             inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True,
                                truncation=True, max_length=longest)
-            logits = model(**inputs.to(device)).logits.float().cpu()
-            rewards[rows] = logits[:, 0] if len(labels) == 1 else logits.softmax(-1)[:, positive]
-        for i in (~rewards.isfinite()).nonzero().flatten().tolist():
-            raise UserError(f"--reward {name}: rewards must be finite, got {rewards[i]} for "
-                            f"{prompts[i]!r} and {responses[i]!r}")
+            x = model(**inputs.to(device)).logits.float().cpu()
+            x = x if len(labels) == 1 else x.sigmoid() if multi_label else x.softmax(-1)
+            rewards[rows] = x[:, index]
         return rewards.tolist()
-    return score, reward_id + (f", {without_end} without {end}" if end else "")
+
+    # A reward must not depend on the other texts of the batch. Few models need left padding.
+    texts = ["short", "a text of more than one word " * 4]
+    with loading(f"--reward {name}"):
+        for tokenizer.padding_side in ("right", "left"):
+            alone = [compute([""], [text])[0] for text in texts]
+            error = np.subtract(compute(["", ""], texts), alone)
+            if np.abs(error).max() < TOLERANCE[dtype]:
+                return compute, f"{model_id}, {reading}"
+    raise UserError(f"--reward {name}: the reward of a text changes by {np.abs(error).max():.2g} "
+                    "with the other texts of its batch, so the model cannot be used")
 
 
 TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n")
 
 
 def load_prompts(args, split, tokenizer, longest):
-    """Load the prompts of a split of --dataset, shuffled with --data-seed. Without a test split, a
-    tenth of the training split is held out. tldr trains on two subreddits (§6), and half of its
-    test prompts are from others."""
-    import datasets
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    file = args.dataset if args.dataset.endswith((".jsonl", ".json")) else None
-    with loading(f"cannot load the train split of --dataset {args.dataset} (a hub name, a .jsonl "
-                 "file, or a folder of such files)"):
-        splits = datasets.load_dataset("json" if file else args.dataset, data_files=file)
-        if "test" not in splits:
-            tenth = max(1, len(splits["train"]) // 10)
-            splits = splits["train"].train_test_split(tenth, shuffle=False)
-    rows, rng, prompts = splits[split], random.Random(args.data_seed), []
+    """Load the prompts of a split of --dataset, shuffled with --data-seed. tldr trains on two
+    subreddits (§6), and half of its test prompts are from others."""
+    rows, column = load_rows(args.dataset, split)
+    rng, prompts = random.Random(args.data_seed), []
     count = args.train_prompts if split == "train" else args.test_prompts
     others = count // 2 if (args.task, split) == ("tldr", "test") else 0
     for count, ours in ((count - others, True), (others, False)):
-        found = (make_prompt(rows[i], tokenizer, longest, rng)
+        found = (make_prompt(rows[i], column, tokenizer, longest, rng)
                  for i in rng.sample(range(len(rows)), len(rows)))
         prompts += itertools.islice((p for p in found if p and (
             args.task != "tldr" or p.startswith(TLDR_SUBREDDITS) == ours)), count)
     if not prompts:
-        raise UserError(f"--dataset {args.dataset} has no prompt for --task {args.task} in its "
-                        f"{split} split")
+        raise UserError(f"--dataset {args.dataset} has no prompt for --task {args.task} in the "
+                        f"{len(rows)} rows of its {split} split")
     return prompts
 
 
-def make_prompt(row, tokenizer, longest, rng):
+def load_rows(dataset, split):
+    """Load a split of a data set and check its rows. Without a test or validation split, a tenth of
+    the training split is held out. Returns the rows and the name of the column with the prompts."""
+    import datasets
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    path = Path(dataset)
+    with loading(f"cannot load --dataset {dataset} (a hub name, name:config, a .jsonl, .json, "
+                 ".csv, .parquet or .txt file, or a folder of such files)"):
+        if path.is_file():
+            kind = {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:])
+            splits = datasets.load_dataset(kind, data_files=dataset)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            splits = datasets.load_from_disk(dataset)
+        else:
+            name, _, config = dataset.partition(":")
+            splits = datasets.load_dataset(name, config or None)
+    splits = splits if isinstance(splits, dict) else {"train": splits}
+    names = sorted(splits)
+    train = next((s for s in names if s.startswith("train")), names[0] if len(names) == 1 else "")
+    test = next((s for s in names if s.startswith(("test", "validation")) and s != train), "")
+    if not train:
+        raise UserError(f"--dataset {dataset} needs a train split, got {', '.join(names)}")
+    rows = splits[test if test and split == "test" else train]
+    if not test:
+        start = len(rows) - max(1, len(rows) // 10)
+        rows = rows.select(range(start) if split == "train" else range(start, len(rows)))
+
+    column = next((c for c in ("prompt", "post", "text") if c in rows.column_names), "")
+    needed = ("post", "subreddit", "title") if column == "post" else (column,)
+    if not set(needed) <= set(rows.column_names):
+        raise UserError(f"--dataset {dataset} needs a column prompt or text, or the columns post, "
+                        f"subreddit and title, got {', '.join(rows.column_names)}")
+    for name in needed:
+        for i, x in enumerate(rows[name]):
+            chat = name == "prompt" and isinstance(x, list) and x and all(
+                isinstance(m, dict) and isinstance(m.get("content"), str) for m in x)
+            if not isinstance(x, str) and not chat:
+                raise UserError(f"--dataset {dataset}: {name} must be a text (prompt also a list "
+                                f"of messages), got {str(x)[:60]} in row {i + 1} of {split}")
+    return rows, column
+
+
+def make_prompt(row, column, tokenizer, longest, rng):
     """The prompt of a row: its `prompt`, a Reddit post, or 2 to 8 tokens of its `text`."""
-    if isinstance(row.get("prompt"), str):
-        return row["prompt"]
-    if "post" in row:
+    if column == "prompt":
+        return row["prompt"] if isinstance(row["prompt"], str) else [
+            {"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+    if column == "post":
         # OpenAI's format. The post loses its last paragraphs, or words, to fit `longest` tokens.
         head = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: "
         post, tail = row["post"].strip(), "\n\nTL;DR:"
         while post and len(tokenizer.encode(head + post + tail)) > longest:
             post = post.rpartition("\n")[0].rstrip() or post.rpartition(" ")[0].rstrip()
         return head + post + tail
-    if not isinstance(row.get("text"), str):
-        raise UserError("--dataset: rows need a string `prompt` or `text`, got " + ", ".join(row))
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
     # Skip a prefix that ends within a character, or that is not encoded as it was.
@@ -1151,7 +1313,7 @@ def write_verdict(noun, rng):
     return first + (" and " if WARMTH[first] * WARMTH[second] > 0 else " but ") + second
 
 
-@cache
+@functools.cache
 def toy_reference(data_seed):
     """Train the toy's reference model, on the CPU, so that it is the same for every device."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -1161,10 +1323,12 @@ def toy_reference(data_seed):
     words = Tokenizer(models.WordLevel(words, unk_token="."))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=".")
+
     torch.manual_seed(data_seed)
     lm = GPT2LMHeadModel(GPT2Config(
         vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos,
         eos_token_id=eos, activation_function="relu", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
     nouns = [noun for noun in KINDNESS for _ in range(5000)]
     corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in nouns]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right")
@@ -1185,8 +1349,8 @@ def toy_task(args):
     """The toy: its reference model, `warmth` as the reward, and one prompt per noun."""
     lm, tokenizer = toy_reference(args.data_seed)
     return Task(copy.deepcopy(lm).to(args.device), tokenizer, lambda _, ys: [warmth(y) for y in ys],
-                cache(tokenizer.encode), [f"the {noun} was" for noun in KINDNESS], "train",
-                hash_model(lm, tokenizer), "warmth")
+                functools.cache(tokenizer.encode), [f"the {noun} was" for noun in KINDNESS],
+                "train", hash_model(lm, tokenizer), "warmth", [tokenizer.eos_token_id])
 
 
 class ExactToy:
@@ -1200,11 +1364,11 @@ class ExactToy:
         self.rewards = torch.tensor(task.score(None, self.responses), dtype=torch.double)
         self.log_ref, self.optimum = self.log_probs(task.ref), {}
 
-        # Ties are broken by the place in the enumeration (App. C).
+        # F, where ties are broken by the place in the enumeration (App. C).
         order = self.rewards.argsort(stable=True)
         mass = self.log_ref.exp()[:, order]
-        F = torch.empty_like(mass).index_copy_(1, order, mass.cumsum(1) - mass)
-        self.log_F = F.clamp(min=0).log()
+        below = torch.empty_like(mass).index_copy_(1, order, mass.cumsum(1) - mass)
+        self.log_F = below.clamp(min=0).log()
         self.log_bon = log_bon_pmf(self.log_F, self.log_ref, args.N)
 
         tqdm.write(f"\n{len(self.prompt_ids)} prompts, exact"
@@ -1256,65 +1420,27 @@ class ExactToy:
         return exact
 
 
-# ========== 9. Processes and the command line ====================================================
-
-# torchrun sets these two.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def all_gather(x):
-    """Return [x of each process]. x is anything that can be pickled."""
-    gathered = [x] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(gathered, x)
-    return gathered
-
-
-def all_sum(x):
-    """Sum of x over the processes."""
-    return sum(all_gather(x))
-
-
-def average_gradients(optimizer):
-    """Replace every gradient by its mean over the processes."""
-    for p in optimizer.param_groups[0]["params"]:
-        if WORLD_SIZE > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD_SIZE
-
-
-def start_processes(args):
-    """Join the other processes of torchrun. Only process 0 prints."""
-    if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
-        raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
-    if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        with loading("torchrun needs one GPU per process, or --device cpu"):
-            torch.cuda.set_device(args.device)
-    dist.init_process_group(timeout=timedelta(days=7))  # process 0 may sample for hours
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-
-
-def autocast(args):
-    """Run forward passes in bfloat16 with --dtype bfloat16."""
-    device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+# ========== 9. Command line ======================================================================
 
 
 def setup(args, split="train"):
-    """Load the models and the prompts of a split. Resolves "auto" in args."""
+    """Load the models and the prompts of a split. Resolves "auto" in args. Under torchrun, first
+    join the other processes, of which only number 0 prints."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB, mapped faster
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        start_processes(args)
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with loading(f"--device {args.device}"):
+        if WORLD_SIZE > 1 and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(0, device=args.device).device)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=timedelta(days=7))  # process 0 may sample for hours
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     if args.backend == "auto":
         suits = args.task != "toy" and args.device.startswith("cuda") and WORLD_SIZE == 1
         args.backend = "vllm" if suits and importlib.util.find_spec("vllm") else "hand"
@@ -1329,16 +1455,16 @@ def setup(args, split="train"):
 # toy and imdb are ours, the others the paper's. The paper trains imdb with --prefix-critic 0
 # --token-bias-lr 0 --M 200 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant.
 SETTINGS = {
-    "N": (16, 16, 100, 1, "N of Best-of-N, any real number"),
+    "N": (16.0, 16.0, 100.0, 1, "N of Best-of-N, any real number"),
     "M": (200, 32, 200, 1, "number of reference samples per training prompt"),
     "estimator": ("add_one", "add_one", "smooth", ESTIMATORS, "estimator of log F"),
     "ref": (None, "lvwerra/gpt2-imdb", "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr", None,
             "reference model: hub name or folder of a causal language model"),
     "reward": (None, "lvwerra/distilbert-imdb",
                "cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", None,
-               "reward model: hub name or folder of a classifier"),
+               "reward: hub name or folder of a classifier, or file.py:function"),
     "dataset": (None, "stanfordnlp/imdb", "vwxyzjn/summarize_from_feedback_tldr_3_filtered", None,
-                "hub name, folder or .jsonl file with `prompt`, or `text` to cut prompts from"),
+                "hub name, file or folder with `prompt`, or `text` to cut prompts from"),
     "train_prompts": (4, 5000, 5000, 1, "number of training prompts"),
     "max_new_tokens": (4, 40, 53, 1, "longest response, in tokens"),
     "temperature": (1.0, 1.0, 0.7, 1e-3, "sampling temperature of π_ref and π_θ"),
@@ -1364,16 +1490,6 @@ RECIPES = {task: {name: row[i] for name, row in SETTINGS.items()}
            for i, task in enumerate(("toy", "imdb", "tldr"))}
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description and shows default values."""
-
-
-def number(text):
-    """16 is an int and 2.5 a float: N can be any real number."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
 def make_parser(recipes, description, argv=None):
     """A parser with the defaults of the task in argv, to which the caller can add flags."""
     def error(message):
@@ -1381,20 +1497,20 @@ def make_parser(recipes, description, argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="toy")
     parser = argparse.ArgumentParser(
-        description="\n\n".join(description.split("\n\n")[:3]), formatter_class=HelpFormatter,
-        allow_abbrev=False, conflict_handler="resolve")
+        description=" ".join(description.split("\n\n")[:2]), allow_abbrev=False,
+        conflict_handler="resolve", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, first.error, parser.error = parser.add_argument, error, error
 
     add("--task", choices=list(recipes), default="toy", help="toy (exact KL), imdb or tldr")
     add("--objective", choices=OBJECTIVES, default="vbon",
         help="vbon (Eq. 5), its lower bounds, or rlhf: reward − β·KL")
     for name, (*_, value, low, help) in SETTINGS.items():
-        kind = number if name == "N" else type(value)
-        add("--" + name.replace("_", "-"), type=kind, help=help,
+        add("--" + name.replace("_", "-"), type=type(value), help=help,
             choices=low if isinstance(low, tuple) else None)
     add("--beta", type=float, help="KL coefficient of rlhf, 1/(N−1) if not given")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, …")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of forward passes")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of forward passes and frozen weights")
     add("--backend", choices=["auto", "hand", "vllm"], default="auto",
         help="sampler of reference samples; auto: vLLM if it is installed and there is a GPU")
     add("--samples", default="samples", help="folder of cached reference samples")
@@ -1405,9 +1521,10 @@ def make_parser(recipes, description, argv=None):
     return parser
 
 
-def parse_args(parser, derive, argv=None):
+def parse_args(argv=None, parser=None, derive=None):
     """Parse argv, check ranges, and call derive(args) to set what follows from other flags. With
-    --resume the settings are those of the run's config.json."""
+    --resume the settings are those of the run's config.json. Other scripts pass their parser."""
+    parser, derive = parser or make_parser(RECIPES, __doc__, argv), derive or derive_settings
     args = parser.parse_args(argv)
     for name, (*_, low, _) in (SETTINGS | {"beta": (0, 0)}).items():
         value, high = getattr(args, name), 1 if name in ("lam", "token_bias_lr") else 1e18
@@ -1417,9 +1534,12 @@ def parse_args(parser, derive, argv=None):
     if not args.minibatch <= args.rollouts <= args.episodes:
         raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, got "
                         f"{args.minibatch}, {args.rollouts}, {args.episodes}")
+    if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
+        raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
     if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
         raise UserError("--task toy has its own models and prompts and at most 4 tokens: for other "
                         "ones pass --task imdb")
+    args.N = int(args.N) if args.N == int(args.N) else args.N
     derive(args)
 
     # A run is resumed with its own settings. A flag that differs from them is an error.
@@ -1433,16 +1553,14 @@ def parse_args(parser, derive, argv=None):
         saved = json.loads(path.read_text("utf-8"))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    derive(args)
-    free = ("device", "samples", "save_every", "resume", "overwrite", "out")
-    for name in saved:
-        if name not in free and getattr(args, name) != saved[name]:
+    for name in saved.keys() - {"device", "samples", "save_every", "resume", "overwrite", "out"}:
+        if getattr(args, name) != saved[name]:
             raise UserError(f"--resume: {path} has {name} = {saved[name]}, "
                             f"got {getattr(args, name)}")
     return args
 
 
-def derive(args):
+def derive_settings(args):
     """Check flags that depend on each other, and set --beta, the KL coefficient and --out."""
     rlhf = args.objective == "rlhf"
     if args.beta is None and args.N > 1:
@@ -1464,6 +1582,8 @@ def derive(args):
 def run_script(name, parse, run):
     """Call run(parse()) and return the exit code. A user's mistake is printed as one line."""
     out = None
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", dict)(errors="replace")  # a console may lack π
     try:
         args = parse()
         out = getattr(args, "out", None)
@@ -1481,8 +1601,7 @@ def run_script(name, parse, run):
 
 
 def main(argv=None):
-    parser = functools.partial(make_parser, RECIPES, __doc__, argv)
-    return run_script("vbon.py", lambda: parse_args(parser(), derive, argv), train)
+    return run_script("vbon.py", lambda: parse_args(argv), train)
 
 
 if __name__ == "__main__":

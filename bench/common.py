@@ -97,9 +97,7 @@ def run(main):
 
 def vbon_args(flags):
     """Parse a list of vbon.py's flags."""
-    parser = vbon.make_parser(vbon.RECIPES, "", flags)
-    parser.add_argument("--objective", choices=vbon.OBJECTIVES, default="vbon")
-    return vbon.parse_args(parser, vbon.derive, flags)
+    return vbon.parse_args(flags)
 
 
 # ---- models -------------------------------------------------------------------------------------

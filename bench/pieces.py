@@ -85,7 +85,7 @@ def sampling(l, i):
     common.reset_peak(device)
     start, busy = common.clock(device), time.process_time()
     with vbon.autocast(l.args):
-        vbon.generate(l.task.ref, prompts, uniforms, l.task.tokenizer.eos_token_id,
+        vbon.generate(l.task.ref, prompts, uniforms, l.task.eos,
                       l.args.temperature)
     seconds = {"rollout": common.clock(device) - start, "processor": time.process_time() - busy}
     return dict.fromkeys(TIMES) | seconds | {"peak MB": common.memory_mb(device)}

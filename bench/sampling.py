@@ -59,7 +59,7 @@ def our_sampler(lm, eos, options):
     def sample(prompts, M):
         start, size = common.clock(options.device), (len(prompts) * M, options.max_new_tokens)
         uniforms = torch.rand(size, generator=generator, device=options.device)
-        rollout = vbon.generate(lm, prompts, uniforms, eos, 1.0)
+        rollout = vbon.generate(lm, prompts, uniforms, [eos], 1.0)
         return common.clock(options.device) - start, rollout.mask.sum(1).tolist()
     return sample
 

@@ -130,7 +130,7 @@ def parse(argv=None):
     add("--test-prompts", type=int, default=512, help="number of test prompts")
     add("--test-M", type=int, default=200, help="number of reference samples per test prompt")
     flags = sys.argv[1:] if argv is None else argv
-    args = vbon.parse_args(parser, vbon.derive, [*flags, "--overwrite"])  # touches no run
+    args = vbon.parse_args([*flags, "--overwrite"], parser)  # touches no run
     if args.task == "toy" or args.M < 2 or min(args.test_prompts, args.test_M) < 2:
         raise vbon.UserError("the ceiling needs --task imdb or tldr, and at least 2 for --M, "
                              f"--test-prompts and --test-M, got {args.task}, {args.M}, "

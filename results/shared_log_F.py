@@ -385,7 +385,7 @@ def parse_study(argv):
     add("--test-prompts", type=int, default=48, help="number of test prompts")
     add("--test-M", type=int, default=1200, help="number of reference samples per test prompt")
     add("--second-reward", metavar="MODEL", help="second reward model for the same responses")
-    args = vbon.parse_args(parser, vbon.derive, [*argv, "--overwrite"])
+    args = vbon.parse_args([*argv, "--overwrite"], parser)
     if args.task == "toy" or args.test_M <= KNOWN:
         raise UserError(f"the study needs --task imdb or tldr and a --test-M above {KNOWN}, got "
                         f"{args.task} and {args.test_M}")
