@@ -3,17 +3,13 @@
 
     python bon_baselines.py bon --N 16        # Best-of-N itself, no training
     python bon_baselines.py bon-sft --N 16    # maximum likelihood on Best-of-N responses
-    python bon_baselines.py dpo --beta 0.1    # direct preference optimization, Rafailov et al. 2023
+    python bon_baselines.py dpo --task imdb   # direct preference optimization, Rafailov et al. 2023
     python bon_baselines.py bonbon --N 16     # BoNBoN, Gui et al. 2024
     python bon_baselines.py bond              # J-BOND, Sessa et al. 2024: repeated Best-of-2
-    python bon_baselines.py dpo --task imdb   # --ref, --reward, --dataset, … as in vbon.py
 
-KL-regularized RL is `python vbon.py --objective rlhf`. All flags of vbon.py are accepted, so that
-one set of flags serves every method. Those of PPO have no effect.
-
-The losses are pure functions of tensors. Their log-probs are those of whole responses in nats, with
-EOS and without the prompt. bond samples during training, bon-sft, dpo and bonbon learn from the
-cached reference samples of vbon.py. Shapes are as in vbon.py.
+All flags of vbon.py are accepted. Those of PPO have no effect. --episodes counts training examples
+(bond: prompts). bond samples during training. The others learn from cached reference samples. The
+losses are pure functions of log-probs of whole responses, (B,), in nats, with EOS.
 """
 import argparse
 import itertools
@@ -27,10 +23,8 @@ import torch
 from tqdm import tqdm
 
 import vbon
-from vbon import UserError
 
 # ========== 1. Best-of-N and the losses ==========================================================
-
 
 def best_of_n(rewards):
     """Index of the highest of N rewards, (..., N) -> (...). The first of equal ones."""
@@ -38,8 +32,8 @@ def best_of_n(rewards):
 
 
 def expected_best_of_n(rewards, N):
-    """Mean maximum of N out of M rewards, (..., M) -> (...), float64. This is an unbiased estimate
-    of Best-of-N's expected reward. Raises ValueError if N is no whole number from 1 to M."""
+    """Mean maximum of N out of M rewards, (..., M) -> (...), float64: an unbiased estimate of
+    Best-of-N's expected reward. Raises ValueError if N is no whole number from 1 to M."""
     ascending = torch.as_tensor(rewards).double().sort(-1).values
     M = ascending.shape[-1]
     if not (1 <= N <= M and N == int(N)):
@@ -58,8 +52,7 @@ def sft_loss(log_probs):
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """−mean log σ(β·h), h = log π_θ/π_ref of the chosen response − that of the rejected response
-    (Rafailov et al. 2023, Eq. 7). All (B,)."""
+    """−mean log σ(β·h), h = log π_θ/π_ref of chosen − that of rejected (Rafailov et al., Eq. 7)."""
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -torch.nn.functional.logsigmoid(beta * h).mean()
 
@@ -74,11 +67,9 @@ def bonbon_beta(N):
 
 
 def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
-    """−α·mean log π_θ(best) + (1−α)·mean (h − 1/(2β*))², h as in `dpo_loss`. All (B,).
-
-    alpha=None makes both terms equal at every call, as both papers say, without gradient through α.
-    It starts near 1 and falls with the second term. The code of Gui et al. has a constant 0.005.
-    """
+    """−α·mean log π_θ(best) + (1−α)·mean (h − 1/(2β*))², h as in `dpo_loss`. alpha=None makes both
+    terms equal at every call, as in both papers, without gradient through α. This α starts near 1
+    and falls with the second term. The code of Gui et al. has a constant 0.005."""
     h = (policy_best - ref_best) - (policy_worst - ref_worst)
     likelihood, contrast = sft_loss(policy_best), (h - 1 / (2 * bonbon_beta(N))).square().mean()
     if alpha is None:
@@ -87,25 +78,20 @@ def bonbon_loss(policy_best, policy_worst, ref_best, ref_worst, N, alpha=None):
 
 
 def bond_reward(rewards, anchor_rewards):
-    """−log 16 for a response below both of the anchor's, otherwise 0 (Sessa et al. 2024, Eq. 17).
-    It stands for log F under the anchor: its mean −log 16·(1−F)² equals log F at F = ½.
-
-    Args: rewards (B,), anchor_rewards (B, 2). Returns: (B,), float64, in nats.
-    """
+    """−log 16 if the reward (B,) is below both anchor_rewards (B, 2), otherwise 0 (Sessa et al.,
+    Eq. 17). It replaces log F under the anchor. Its mean −log 16·(1−F)² equals log F at F = ½."""
     return -math.log(16) * (rewards < anchor_rewards.amin(1)).double()
 
 
 def bond_loss(best, own, anchor_own, reward, beta=0.5, gamma=0.0):
     """J-BOND's loss (1−β)·FW + β·BW + γ·REG (Sessa et al. 2024, Algorithm 2).
 
-    With D = log π_θ(y) − log π_anchor(y), without gradient, for responses y ~ π_θ:
-      FW   −log π_θ(best)             has the gradient of KL(Best-of-2 of the anchor ‖ π_θ)
-      BW   −log π_θ(y)·(reward − D)   has that of KL(π_θ ‖ Best-of-2), if the reward is log F
-      REG  −log π_θ(y)·(−D)           has that of KL(π_θ ‖ π_anchor)
-    The factor of log π_θ(y) is centered by its mean over the other responses of the batch.
-
-    Args, all (B,): best = log π_θ of the better of two responses of the anchor, own = log π_θ(y),
-    anchor_own = log π_anchor(y), reward = `bond_reward` of y.
+    best is log π_θ of the better of two responses of the anchor. For responses y ~ π_θ, own is
+    log π_θ(y), anchor_own is log π_anchor(y), reward is `bond_reward`. With D = own − anchor_own:
+      FW   −best               has the gradient of KL(Best-of-2 of the anchor ‖ π_θ)
+      BW   −own·(reward − D)   has that of KL(π_θ ‖ Best-of-2), if the reward is log F
+      REG  −own·(−D)           has that of KL(π_θ ‖ π_anchor)
+    The factor of own has no gradient and is centered by its mean over the other responses.
     """
     D = (own - anchor_own).detach()
     weight = beta * (reward - D) - gamma * D
@@ -113,20 +99,14 @@ def bond_loss(best, own, anchor_own, reward, beta=0.5, gamma=0.0):
     return -(1 - beta) * best.mean() - ((weight - others) * own).mean()
 
 
-# ========== 2. Training examples and their losses ================================================
-
-DPO_RESPONSES, DPO_PAIRS = 6, 12  # per prompt and pass: 12 of the 15 pairs of 6 responses (§5)
-
+# ========== 2. Training ==========================================================================
 
 def training_pairs(prompts, rewards, tokens, args):
-    """Yield (prompt, better response, worse response) forever. Responses are token lists.
-
-    Every pass takes a new random group of each prompt's reference samples: bon-sft and bonbon the
-    best and the worst of N, dpo pairs without ties. Args: rewards (P, M), tokens P lists of M.
-    """
+    """Yield (prompt, better response, worse response) forever, the responses as token lists. Every
+    pass takes a new random group of each prompt's reference samples: bon-sft and bonbon the best
+    and the worst of N, dpo pairs without ties. Args: rewards (P, M), tokens P lists of M."""
     if (rewards == rewards[:, :1]).all():
-        raise UserError("reference samples of a prompt must differ in reward, but all are equal: "
-                        "pass a larger --M or another --reward")
+        raise vbon.UserError("reference samples must differ in reward: pass a larger --M")
     rng = random.Random(args.seed)
     while True:
         examples = []
@@ -151,7 +131,7 @@ def sequence_log_probs(lm, batch, args):
 
 
 def response_log_probs(policy, task, prompts, responses, args):
-    """log π_θ and log π_ref of B responses, given as token lists, both (B,), nats."""
+    """log π_θ and log π_ref of B responses, given as token lists: both (B,), nats."""
     ids, attention = vbon.pad([task.encode(p) for p in prompts], task.eos[0], "left", args.device)
     tokens, mask = vbon.pad(responses, task.eos[0], "right", args.device)
     batch = vbon.Rollout(torch.cat([ids, tokens[:, :-1]], 1),
@@ -170,12 +150,12 @@ def pair_loss(policy, task, examples, args):
     pairs = *both.chunk(2), *ref_both.chunk(2)
     loss = (dpo_loss(*pairs, args.beta) if args.objective == "dpo" else
             bonbon_loss(*pairs, int(args.N), args.alpha))
-    log_ratio = (both - ref_both).detach()
-    return loss, log_ratio[:len(better)].mean() - log_ratio[len(better):].mean()
+    chosen, rejected = (both - ref_both).detach().chunk(2)
+    return loss, chosen.mean() - rejected.mean()
 
 
 def sample(lm, task, prompts, uniforms, args):
-    """Sample and score B responses, the same number to each prompt. uniforms (B, T) are grouped by
+    """Sample and score B responses, the same number per prompt. Args: uniforms (B, T), grouped by
     prompt. Returns: Rollout, texts, rewards (B,) float64."""
     with vbon.autocast(args):
         batch = vbon.generate(lm, [task.encode(p) for p in prompts], uniforms, task.eos,
@@ -192,25 +172,20 @@ def on_policy_loss(policy, anchor, task, prompts, args, generator):
     uniforms = torch.rand(3 * B, args.max_new_tokens, generator=generator, device=args.device)
     own, _, rewards = sample(policy, task, prompts, uniforms[:B], args)
     pairs, _, anchor_rewards = sample(anchor, task, prompts, uniforms[B:], args)
-    anchor_rewards = anchor_rewards.view(B, 2)
-    best = pairs[best_of_n(anchor_rewards) + 2 * torch.arange(B)]
+    best = pairs[best_of_n(anchor_rewards.view(B, 2)) + 2 * torch.arange(B)]
 
     log_ref = vbon.reference_log_probs(task.ref, own, args).sum(1)  # computes the frozen layers
     with torch.no_grad():
         anchor_own = sequence_log_probs(anchor, own, args)
     log_best, log_own = (sequence_log_probs(policy, batch, args) for batch in (best, own))
-    reward = bond_reward(rewards, anchor_rewards).to(log_own)
+    reward = bond_reward(rewards, anchor_rewards.view(B, 2)).to(log_own)
     loss = bond_loss(log_best, log_own, anchor_own, reward, gamma=args.gamma)
     return loss, (log_own - log_ref).detach().mean()
-
-
-# ========== 3. Training, and Best-of-N itself ====================================================
 
 
 def train(args):
     """Train a policy with bon-sft, dpo, bonbon or bond. Returns the content of result.json."""
     start, task, bond = time.perf_counter(), vbon.setup(args), args.objective == "bond"
-    torch.manual_seed(args.seed)
     policy = vbon.make_policy(task.ref, args.unfrozen_layers)
     anchor = vbon.make_policy(task.ref, args.unfrozen_layers) if bond else None
     vbon.open_run(args)
@@ -220,15 +195,14 @@ def train(args):
     examples = vbon.shuffled(task.prompts, args.seed) if bond else training_pairs(
         task.prompts, *vbon.reference_samples(task, args, tokens=True), args)
     result = {"seconds_sampling": time.perf_counter() - clock}
-    toy = vbon.ExactToy(task, args, None) if args.task == "toy" else None
+    toy = vbon.ExactToy(task, args) if args.task == "toy" else None
 
     # With --resume, continue after the last checkpoint.
-    optimizer = vbon.make_optimizer([policy], args)
+    optimizer, generator = vbon.make_optimizer([policy], args), torch.Generator(args.device)
     trained = optimizer.param_groups[0]["params"]
     anchored = [p for p in anchor.parameters() if p.requires_grad] if bond else []
-    state, generator = dict(enumerate(trained + anchored)), torch.Generator(args.device)
+    state, iterations = dict(enumerate(trained + anchored)), args.episodes // args.rollouts
     done = vbon.load_checkpoint(args, task, state, optimizer)
-    iterations = args.episodes // args.rollouts
     examples = itertools.islice(examples, done * args.rollouts, None)
 
     with tqdm(total=iterations, initial=done, desc=args.objective, unit="iteration") as bar:
@@ -236,9 +210,9 @@ def train(args):
             clock, history = time.perf_counter(), []
             generator.manual_seed(args.seed * iterations + iteration)
             for row in range(0, args.rollouts, args.minibatch):
-                progress = (iteration + row / args.rollouts) / iterations
-                decay = 1 - progress if args.lr_schedule == "linear" else 1
-                optimizer.param_groups[0]["lr"] = args.lr * decay
+                if args.lr_schedule == "linear":
+                    progress = (iteration + row / args.rollouts) / iterations
+                    optimizer.param_groups[0]["lr"] = args.lr * (1 - progress)
                 batch = [*itertools.islice(examples, min(args.minibatch, args.rollouts - row))]
                 loss, log_ratio = (on_policy_loss(policy, anchor, task, batch, args, generator)
                                    if bond else pair_loss(policy, task, batch, args))
@@ -266,34 +240,32 @@ def train(args):
 
 
 def run_bon(args):
-    """Write result.json, on the toy with exact metrics, and return its content. evaluate.py samples
-    the responses."""
+    """Write result.json, on the toy with exact metrics. evaluate.py samples the responses."""
     start, task = time.perf_counter(), vbon.setup(args)
     vbon.open_run(args)
-    toy = vbon.ExactToy(task, args, None) if args.task == "toy" else None
     result = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
     result |= {"episodes": 0, "seconds": time.perf_counter() - start, "seconds_sampling": 0.0}
-    result |= toy.metrics(toy.log_bon) if toy else {}
+    if args.task == "toy":
+        toy = vbon.ExactToy(task, args)
+        result |= toy.metrics(toy.log_bon)
     vbon.atomic_write(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     print(f"finished; to test it: python evaluate.py {args.out}")
-    return result
 
 
 @torch.no_grad()
-def sample_best(task, ref_rewards, args, responses, seed):
-    """Sample Best-of-N: the best of N new samples of the reference model, `responses` times per
-    prompt. Args: task of the test split, ref_rewards (P, M). Returns: texts grouped by prompt, and
-    log π_bon − log π_ref of each in nats, whose mean estimates KL(π_bon ‖ π_ref)."""
+def sample_best(task, ref_rewards, args, R, seed):
+    """Sample the best of N new samples of the reference model, R times per test prompt. Returns:
+    P·R texts, grouped by prompt, and log π_bon − log π_ref of each in nats, whose mean estimates
+    KL(π_bon ‖ π_ref). Args: ref_rewards (P, M)."""
     generator = torch.Generator(args.device).manual_seed(seed)
     N, M, best_texts, kls = int(args.N), ref_rewards.shape[1], [], []
     for prompt, r in zip(tqdm(task.prompts, desc=f"Best-of-{N}", leave=False), ref_rewards):
-        uniforms = torch.rand(responses * N, args.max_new_tokens, generator=generator,
-                              device=args.device)
+        uniforms = torch.rand(R * N, args.max_new_tokens, generator=generator, device=args.device)
         batches, texts, rewards = zip(*(sample(task.ref, task, [prompt], rows, args)
                                         for rows in uniforms.split(args.sample_batch)))
         texts, rewards = sum(texts, []), torch.cat(rewards)
         log_p = torch.cat([batch.log_probs.double().sum(1).cpu() for batch in batches])
-        best = best_of_n(rewards.view(-1, N)) + N * torch.arange(responses)
+        best = best_of_n(rewards.view(-1, N)) + N * torch.arange(R)
         best_texts += [texts[i] for i in best]
         # E[log F | k of M reference rewards are lower], with the prior of Best-of-N, Beta(N, 1).
         k = vbon.mid_ranks(rewards[best], r)
@@ -302,45 +274,41 @@ def sample_best(task, ref_rewards, args, responses, seed):
     return best_texts, kls
 
 
-# ========== 4. Command line ======================================================================
+# ========== 3. Command line ======================================================================
 
 METHODS = ("bon", "bon-sft", "dpo", "bonbon", "bond")
 COMMON = dict(M=200, beta=0.1, estimator="add_one", prefix_critic=0, token_bias_lr=0.0)
-RECIPES = {"toy": vbon.RECIPES["toy"] | COMMON | dict(episodes=81_920, lr=1e-3),
-           "imdb": vbon.RECIPES["imdb"] | COMMON | dict(episodes=10_240, lr=1e-4),
-           "tldr": vbon.RECIPES["tldr"] | COMMON | dict(episodes=10_240, lr=3e-6)}
+RECIPES = {task: vbon.RECIPES[task] | COMMON | dict(episodes=episodes, lr=lr) for task, episodes, lr
+           in (("toy", 81_920, 1e-3), ("imdb", 10_240, 1e-4), ("tldr", 10_240, 3e-6))}
+DPO_RESPONSES, DPO_PAIRS = 6, 12  # per prompt and pass: 12 of the 15 pairs of 6 responses (§5)
 
 
 def parse_args(argv=None):
-    """Parse the flags of vbon.py, and those that are new or differ."""
+    """Parse the flags of vbon.py and those of the baselines."""
     parser = vbon.make_parser(RECIPES, __doc__, argv)
     parser.add_argument("--objective", choices=METHODS, help=argparse.SUPPRESS)  # positional here
     parser.add_argument("objective", choices=METHODS, help="method")
     add = parser.add_argument_group("baselines").add_argument
     add("--N", type=float, help="N of Best-of-N, a whole number; not used by dpo and bond")
-    add("--M", type=int, help="number of reference samples per training prompt; raised if N needs "
-        "more, not used by bon and bond")
+    add("--M", type=int, help="reference samples per training prompt, raised if N needs more")
     add("--beta", type=float, help="dpo: weight β of the KL penalty")
     add("--alpha", type=float, help="bonbon: weight of the likelihood; by default terms balance")
-    # η, and β = ½ in bond_loss, are those of Sessa et al. for Gemma 7B (§6) as cited by others.
+    # η, and β = ½ in bond_loss, are those of Sessa et al. for Gemma 7B (§6), as cited by others.
     add("--eta", type=float, default=0.02, help="bond: step size of the anchor")
     add("--gamma", type=float, default=0.0, help="bond: weight of the KL to the anchor")
-    add("--episodes", type=int, help="total number of training examples; for bond, of prompts")
-    add("--rollouts", type=int, help="training examples per iteration")
-    add("--minibatch", type=int, help="training examples per gradient step")
     return vbon.parse_args(argv, parser, derive)
 
 
 def derive(args):
     """Check flags that depend on each other, raise M to what N needs, set --out."""
     if vbon.WORLD_SIZE > 1:
-        raise UserError("bon_baselines.py runs in one process: start it without torchrun")
+        raise vbon.UserError("bon_baselines.py runs in one process: start it without torchrun")
     if args.objective not in ("dpo", "bond") and args.N != int(args.N):
-        raise UserError(f"--N must be a whole number for {args.objective}, got {args.N}")
+        raise vbon.UserError(f"--N must be a whole number for {args.objective}, got {args.N}")
     for name, least, most in ("beta", 1e-9, 1e9), ("alpha", 0, 1), ("eta", 0, 1), ("gamma", 0, 1e9):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be from {least:g} to {most:g}, got {value}")
+            raise vbon.UserError(f"--{name} must be from {least:g} to {most:g}, got {value}")
 
     # With M near N, the toy's four prompts would have four best responses to memorize.
     enough = int(args.N) * (10 if args.task == "toy" else 1)

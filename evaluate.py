@@ -10,8 +10,8 @@
     python evaluate.py --export samples/imdb-… FILE       # reference samples as JSON lines
 
 Each policy samples responses to the test prompts. They are scored, and ranked among reference
-samples of the same prompts. The test is cached in the run's folder as eval-<hash>.json, so that an
-evaluation that was stopped continues with the next run. results/curves.py plots training curves.
+samples of the same prompts. Each test is cached in the run's folder as eval-<hash>.json.
+results/curves.py plots training curves.
 """
 import argparse
 import contextlib
@@ -42,6 +42,10 @@ COLUMNS = METRICS | {"exact/" + key: "exact " + label for key, label in METRICS.
     "in/reward": "in-distribution reward", "in/win_rate": "in-distribution win rate",
     "out/reward": "out-of-distribution reward", "out/win_rate": "out-of-distribution win rate"}
 
+BELOW = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
+         "bbox_to_anchor": (0.5, -0.16)}  # place of a legend
+DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # ticks of an axis of N
+
 # Settings of the machine and of files. They do not change what a run computes.
 MACHINE = {"device", "backend", "sample_batch", "samples", "out", "overwrite", "resume",
            "save_every"}
@@ -52,14 +56,13 @@ TASK_SETTINGS = ("task", "ref", "reward", "dataset", "no_eos_reward", "max_new_t
 
 # ========== 1. Metrics of sampled responses ======================================================
 
-
 def policy_log_F(k, M):
-    """Estimate E[log F] of a policy in nats. The mean of the returned values is the estimate.
+    """Estimate E[log F] of a policy, in nats: values (...) whose mean is the estimate.
 
     If y is from Best-of-a, F(y) is Beta(a, 1) and E[log F | k] = ψ(k+a) − ψ(M+a+1). Here a is the
     `effective_N` of the estimate, at most 10 M. With a = 1, which is right for π_ref, the mean of a
-    better policy is too low by about 1/M. Ties add a bias: if a fifth of the rewards are one value,
-    π_ref gets an effective N of 1.07. Args: k (...), mid-ranks, float64. Returns: (...).
+    better policy is too low by about 1/M. Ties add a bias: if a fifth of the rewards are equal,
+    π_ref gets an effective N of 1.07. Args: k, mid-ranks among M reference rewards (...), float64.
     """
     a = 1.0
     for _ in range(200):
@@ -71,9 +74,8 @@ def policy_log_F(k, M):
 
 
 def bon_metrics(kls, k, M, N):
-    """Metrics of a policy relative to Best-of-N: values per response, whose mean is the metric and
-    whose standard error is the metric's, to first order. Args: kls in nats and mid-ranks k, (...).
-    """
+    """Metrics of a policy relative to Best-of-N: values per response, with the mean and, to first
+    order, the standard error of each metric. Args: kls in nats and mid-ranks k, both (...)."""
     log_F = policy_log_F(k, M)
     a = vbon.effective_N(log_F.mean()).item()
     # The excess has its minimum at a, so the error of a does not count.
@@ -85,10 +87,8 @@ def measure(task, responses, kls, ref_rewards, N):
     """Score responses to the test prompts and compute the metrics of their policy.
 
     Args:
-        task: vbon.Task with P test prompts.
         responses, kls: P·R texts, grouped by prompt, and KL(π_θ ‖ π_ref) along each in nats.
-        ref_rewards: (P, M), rewards of reference samples.
-        N: `kl_to_bon` is the KL to Best-of-N.
+        ref_rewards: (P, M), rewards of reference samples of the prompts.
     Returns:
         {metric: mean, metric_se: its standard error over prompts, None for P = 1}. Metrics are
         METRICS, "log_f", "ref/reward"; for tldr also "in/" (training subreddits) and "out/".
@@ -100,9 +100,8 @@ def measure(task, responses, kls, ref_rewards, N):
     scores, kl = (torch.tensor(x, dtype=torch.double).view(P, -1) for x in (rewards, kls))
     k = vbon.mid_ranks(scores, ref_rewards.unsqueeze(1))
 
-    texts = [str(prompt) for prompt in task.prompts]
-    inside = [text.startswith(vbon.TLDR_SUBREDDITS) for text in texts]
-    outside = [text.startswith("SUBREDDIT") and not known for text, known in zip(texts, inside)]
+    inside = [str(p).startswith(vbon.TLDR_SUBREDDITS) for p in task.prompts]
+    outside = [str(p).startswith("SUBREDDIT") and not x for p, x in zip(task.prompts, inside)]
     parts, metrics = {"": [True] * P, "in/": inside, "out/": outside}, {}
     for part, rows in [(part, rows) for part, rows in parts.items() if any(rows)]:
         values = {"reward": scores[rows], "win_rate": k[rows] / M, "kl_to_ref": kl[rows],
@@ -119,15 +118,13 @@ def measure(task, responses, kls, ref_rewards, N):
 
 # ========== 2. Testing a run: sample, score, measure, cache ======================================
 
-
 @torch.no_grad()
 def sample_policy(policy, task, args, R, seed):
-    """Sample R responses per test prompt. Returns P·R texts, grouped by prompt, and a list of
-    KL(π_θ ‖ π_ref) along each in nats."""
+    """Sample R responses per test prompt. Returns P·R texts, grouped by prompt, and KL(π_θ ‖ π_ref)
+    along each in nats."""
     generator, responses, kls = torch.Generator(args.device).manual_seed(seed), [], []
     size = max(1, args.sample_batch // R)
-    starts = range(0, len(task.prompts), size)
-    for start in tqdm(starts, desc="test responses", unit="batch", leave=False):
+    for start in tqdm(range(0, len(task.prompts), size), desc="test responses", leave=False):
         prompts = task.prompts[start:start + size]
         shape = len(prompts) * R, args.max_new_tokens
         uniforms = torch.rand(shape, generator=generator, device=args.device)
@@ -136,42 +133,39 @@ def sample_policy(policy, task, args, R, seed):
                                     args.temperature)
             for rows in torch.arange(len(uniforms), device=args.device).split(args.minibatch):
                 kls += response_kls(policy, task.ref, rollout[rows], args.temperature).tolist()
-        repeated = [prompt for prompt in prompts for _ in range(R)]
-        responses += vbon.decode(task, repeated, vbon.token_lists(rollout))
+        prompts = [prompt for prompt in prompts for _ in range(R)]
+        responses += vbon.decode(task, prompts, vbon.token_lists(rollout))
     return responses, kls
 
 
 def response_kls(policy, ref, batch, temperature):
     """KL(π_θ ‖ π_ref) of the next token, summed over the tokens of each response: (B,), nats. The
     log-ratio of the sampled tokens has the same mean, but a much higher variance."""
-    ids, mask, T = batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
-    log_pi, log_ref = (vbon.forward(lm, ids, mask, T, temperature)[0].log_softmax(-1)
-                       for lm in (policy, ref))
+    inputs = batch.input_ids, batch.attention_mask, batch.tokens.shape[1], temperature
+    log_pi, log_ref = (vbon.forward(lm, *inputs)[0].log_softmax(-1) for lm in (policy, ref))
     kl = torch.sum(log_pi.exp() * (log_pi - log_ref), -1)
     return torch.where(batch.mask, kl, 0.0).sum(1)
 
 
 @functools.lru_cache(maxsize=1)
 def load_task(settings, device, reward):
-    """Load a test task, given its settings as pairs. Returns the task, the task with the second
-    reward model (if any), and the resolved device and backend."""
+    """Load the test task of settings, given as pairs. Returns the task, the task with another
+    reward if there is one, and the resolved device and backend."""
     args = argparse.Namespace(**dict(settings), device=device, temperature=1.0, unfrozen_layers=-1,
                               minibatch=32)
     task = evaluator = vbon.setup(args, split="test")
     if reward:
-        score, reward_id = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward,
-                                            args.dtype)
-        evaluator = dataclasses.replace(task, score=score, reward_id=reward_id)
+        score, key = vbon.load_reward(reward, args.device, task.end, args.no_eos_reward, args.dtype)
+        evaluator = dataclasses.replace(task, score=score, reward_id=key)
     return task, evaluator, {"device": args.device, "backend": args.backend}
 
 
 @functools.cache
 def hash_folder(name):
-    """Hash of the files in a model folder. A hub name, which is no folder, stands for itself."""
+    """Hash of the files in a model folder or of a Python file. A hub name stands for itself."""
     script = name.rpartition(":")[0]
-    files = [Path(script)] if script.endswith(".py") else sorted(
-        path for path in Path(name).glob("*") if path.is_file())
-    digest = hashlib.sha256()
+    paths = [Path(script)] if script.endswith(".py") else sorted(Path(name).glob("*"))
+    files, digest = [path for path in paths if path.is_file()], hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -179,16 +173,13 @@ def hash_folder(name):
 
 
 def evaluate_run(run, options, temperature=None):
-    """Test a run, or read its cached test, for which no model is loaded.
-
-    Args: run of `read_run`, options of `parse_options`, temperature, by default that of training.
-    Returns: the run with its metrics added to "result", and the rows of `measure` as "samples".
-    """
+    """Test a run of `read_run`, or read its cached test, which loads no model. Returns the run with
+    its metrics added to "result", and the rows of `measure` as "samples"."""
     config, folder = run["config"], run["folder"]
     if config["task"] == "toy":  # result.json has its exact metrics
         return run
     temperature = float(temperature or config["temperature"])
-    settings = {name: config[name] for name in TASK_SETTINGS} | {
+    settings = run["settings"] | {
         "test_prompts": options.test_prompts,
         "backend": "hand" if config["backend"] == "hand" else "auto"}  # vLLM needs a GPU
 
@@ -203,8 +194,7 @@ def evaluate_run(run, options, temperature=None):
     path = Path(folder, f"eval-{digest[:12]}.json")
 
     if not path.exists():
-        metrics, samples = test_policy(run, settings, options, temperature)
-        tested = {"key": key, "metrics": metrics, "samples": samples}
+        tested = {"key": key} | test_policy(run, settings, options, temperature)
         vbon.atomic_write(path, json.dumps(tested, ensure_ascii=False) + "\n")
     with vbon.loading(f"cannot read {path} (remove it to test the run again)"):
         tested = json.loads(path.read_text("utf-8"))
@@ -219,10 +209,11 @@ def evaluate_run(run, options, temperature=None):
 def test_policy(run, settings, options, temperature):
     """Sample responses of a run's policy, or of Best-of-N, and `measure` them."""
     from transformers import AutoModelForCausalLM
-    pairs, R = tuple(settings.items()), options.test_responses
-    task, evaluator, machine = load_task(pairs, options.device, options.reward)
-    changed = machine | {"temperature": temperature, "M": options.test_M}
-    args = argparse.Namespace(**run["config"] | changed)
+    config, R = run["config"], options.test_responses
+    task, evaluator, machine = load_task(tuple(settings.items()), options.device, options.reward)
+    args = argparse.Namespace(**config | machine | {
+        "temperature": temperature, "M": options.test_M,
+        "samples": options.samples or config["samples"]})
     if options.reward:
         rescore(task, evaluator, args)
     ref_rewards = vbon.reference_samples(evaluator, args)
@@ -239,7 +230,7 @@ def test_policy(run, settings, options, temperature):
     if args.objective == "bon" and not options.reward and args.N <= args.M:
         expected = bon_baselines.expected_best_of_n(ref_rewards, int(args.N))
         metrics["bon/expected_reward"] = expected.mean().item()
-    return metrics, samples
+    return {"metrics": metrics, "samples": samples}
 
 
 def rescore(task, evaluator, args):
@@ -247,14 +238,13 @@ def rescore(task, evaluator, args):
     (source, _), (target, header) = (vbon.samples_folder(by, args) for by in (task, evaluator))
     missing = {path.name for path in source.glob("*.jsonl") if not (target / path.name).exists()}
     for name in tqdm(sorted(missing), desc="rescore reference samples", leave=False):
-        with (vbon.loading(f"cannot read {source / name} (remove it to sample again)"),
-              open(source / name, encoding="utf-8") as file):
-            rows = [json.loads(line) for line in file]
+        with vbon.loading(f"cannot read {source / name} (remove it to sample again)"):
+            rows = [*map(json.loads, (source / name).open(encoding="utf-8"))]
             pairs = [(row["prompt"], response) for row in rows for response in row["responses"]]
         rewards = iter(evaluator.score(*map(list, zip(*pairs))))
         rows = [row | {"rewards": [next(rewards) for _ in row["responses"]]} for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         vbon.atomic_write(target / "header.json", header)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         vbon.atomic_write(target / name, "".join(lines))
 
 
@@ -262,61 +252,51 @@ def evaluate_runs(runs, options):
     """Test all runs, at each of --temperatures. Runs with the same models follow each other."""
     load_task.cache_clear()
     hash_folder.cache_clear()
-    runs = sorted(runs, key=lambda run: str([run["config"][name] for name in TASK_SETTINGS]))
+    runs = sorted(runs, key=lambda run: str(run["settings"]))
     jobs = [(run, temperature) for run in runs for temperature in options.temperatures or [None]]
-    # Messages of loading go to stderr, because stdout has the table.
     bar = tqdm(jobs, desc="test", unit="run", leave=False)
-    with contextlib.redirect_stdout(sys.stderr), bar:
+    with contextlib.redirect_stdout(sys.stderr), bar:  # stdout has the table only
         return [evaluate_run(run, options, temperature) for run, temperature in bar]
 
 
 # ========== 3. Reading and grouping runs =========================================================
 
-
 def read_run(folder):
-    """Read a finished run: a dict with its folder, config, result and, as "metrics", the lines of
-    metrics.jsonl. `evaluate_run` sets label and samples. Raises UserError if it is not finished."""
-    def read(name):
-        text = Path(folder, name).read_text("utf-8")
-        return [*map(json.loads, text.splitlines())] if name.endswith("l") else json.loads(text)
+    """Read a finished run into a dict. `evaluate_run` sets its label and samples."""
     with vbon.loading(f"{folder} is not a finished run of this version (train it again)"):
-        config, result = read("config.json"), read("result.json")
+        config, result = (json.loads(Path(folder, name).read_text("utf-8"))
+                          for name in ("config.json", "result.json"))
         method = METHODS[config["objective"]]
-        if missing := {*TASK_SETTINGS, "temperature", "M", "sample_batch"} - config.keys():
-            raise UserError(f"{folder} is from another version, config.json lacks {min(missing)}")
+        lines = [] if method == "BoN" else Path(folder, "metrics.jsonl").open(encoding="utf-8")
         # The setting that determines how far a method moves from the reference model.
         symbol, strength = ("β", config["beta"]) if method in ("PPO", "DPO") else ("N", config["N"])
         if method == "BOND":
             symbol, strength = "steps", config["episodes"] // config["minibatch"]
         return {"folder": str(folder), "config": config, "result": result, "method": method,
                 "name": f"{method}, {symbol} = {strength:.5g}", "strength": strength, "label": "",
-                "metrics": [] if method == "BoN" else read("metrics.jsonl"), "samples": []}
+                "metrics": [*map(json.loads, lines)], "samples": [],
+                "settings": {name: config[name] for name in TASK_SETTINGS}}
 
 
 def read_runs(options):
     """Read the runs of the command line. Unfinished ones are skipped with a warning."""
-    folders = dict.fromkeys(map(os.path.normpath, options.runs))
-    finished = {folder for folder in folders if Path(folder, "result.json").exists()}
-    for folder in folders:
-        if folder not in finished:
-            print(f"warning: skipped {folder}, which has no result.json", file=sys.stderr)
-    runs = [read_run(folder) for folder in folders if folder in finished]
+    finished = {f: Path(f, "result.json").exists() for f in map(os.path.normpath, options.runs)}
+    for folder in [folder for folder in finished if not finished[folder]]:
+        print(f"warning: skipped {folder}, which has no result.json", file=sys.stderr)
+    runs = [read_run(folder) for folder in finished if finished[folder]]
     if not runs:
-        raise UserError(f"at least one finished run is needed, got {', '.join(folders) or 'none'}: "
-                        "pass folders such as runs/* after training")
+        raise UserError("no finished run: pass folders such as runs/* after training")
     tasks = sorted({run["config"]["task"] for run in runs})
     if len(tasks) > 1:
-        raise UserError(f"runs must be of one task, got {' and '.join(tasks)}: pass one task only")
+        raise UserError(f"runs must be of one task, got {' and '.join(tasks)}")
     if tasks == ["toy"] and (options.temperatures or options.reward or options.responses):
-        raise UserError("--temperatures, --reward and --responses need sampled text, got runs of "
-                        "the toy, where the numbers are exact: leave them out")
+        raise UserError("the toy is exact: leave out --temperatures, --reward and --responses")
     group_seeds(runs)  # refuses before any sampling
     return runs
 
 
 def group_seeds(runs):
-    """Group runs that differ only in their seeds: [(readable name, runs)], ordered by method.
-    Raises UserError if two runs of a group have the same seeds."""
+    """Group runs that differ only in their seeds: [(readable name, runs)], ordered by method."""
     def order(run):
         return list(METHODS.values()).index(run["method"]), run["strength"], run["config"]["M"]
     groups = {}
@@ -338,16 +318,14 @@ def group_seeds(runs):
         named.append((name, members))
         seeds = {(run["config"]["seed"], run["config"]["data_seed"]) for run in members}
         if len(seeds) < len(members):
-            raise UserError("runs with the same settings must have different seeds, got "
-                            f"{', '.join(run['folder'] for run in members)}: leave one out")
+            raise UserError("runs of the same settings need different seeds, got "
+                            + ", ".join(run["folder"] for run in members))
     return named
 
 
 def mean_and_error(runs, key):
-    """Mean over runs and its standard error. For a single run the error is over prompts. The toy's
-    metrics are exact."""
-    if "exact/" + key in runs[0]["result"]:
-        key = "exact/" + key
+    """Mean over runs and its standard error, which is over prompts for a single run."""
+    key = "exact/" + key if "exact/" + key in runs[0]["result"] else key
     values = [run["result"][key] for run in runs]
     if len(values) == 1:
         return values[0], runs[0]["result"].get(key + "_se")
@@ -360,22 +338,20 @@ def point(run, value):
 
 
 def pareto_front(points):
-    """Which points (cost, value) are on the Pareto front, a list of bools: no other point costs at
-    most as much, has at least the same value, and is better in one of the two."""
+    """Whether each point (cost, value) is on the Pareto front: no other one dominates it."""
     return [not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points)
             for cost, value in points]
 
 
 def front_shares(runs, value):
-    """{method: share of the points on the common Pareto front that are its}, without BoN."""
+    """{method: its share of the points on the common Pareto front}, without BoN."""
     points = dict.fromkeys((r["method"], point(r, value)) for r in runs if r["method"] != "BoN")
     on_front = pareto_front([place for _, place in points])
     winners = [method for (method, _), wins in zip(points, on_front) if wins]
     return {method: winners.count(method) / len(winners) for method, _ in points}
 
 
-# ========== 4. Tables ============================================================================
-
+# ========== 4. Tables and figures ================================================================
 
 def aligned(rows):
     """Format rows of strings as a text table, the first column left-aligned."""
@@ -385,8 +361,7 @@ def aligned(rows):
 
 
 def table(groups):
-    """Format groups as a table, followed by the closed forms of Best-of-N, for each N of the BoN
-    runs, or of the other methods if there are none."""
+    """Format groups as a table. The last rows are the closed forms of Best-of-N."""
     runs = [run for _, members in groups for run in members]
     keys = [key for key in COLUMNS if any(key in run["result"] for run in runs)]
 
@@ -396,8 +371,8 @@ def table(groups):
         mean, error = mean_and_error(members, key)
         return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
     rows = [["", "seeds", *(COLUMNS[key] for key in keys)]]
-    rows += [[name, str(len(members)), *(cell(members, key) for key in keys)]
-             for name, members in groups]
+    for name, members in groups:
+        rows.append([name, str(len(members)), *(cell(members, key) for key in keys)])
 
     best = [run for run in runs if run["method"] == "BoN"] or [
         run for run in runs if run["method"] not in ("PPO", "DPO", "BOND")]
@@ -427,7 +402,9 @@ def show_responses(groups, R, number):
     """Print a response of each group to the first test prompts (Table 2)."""
     width = max(len(name) for name, _ in groups)
     for first in groups[0][1][0]["samples"][::R][:number]:
-        print(f"\n{first['prompt']}\n  reference samples: mean reward {first['ref_reward']:.2f}")
+        prompt = first["prompt"]
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        print(f"\n{prompt}\n  reference samples: mean reward {first['ref_reward']:.2f}")
         for name, runs in groups:
             for s in [s for s in runs[0]["samples"] if s["prompt"] == first["prompt"]][:1]:
                 print(f"  {name:<{width}}  reward {s['reward']:.2f}, KL {s['kl_to_ref']:.2f} nats: "
@@ -436,20 +413,12 @@ def show_responses(groups, R, number):
 
 def export_samples(folder, path):
     """Write a samples folder as lines {"prompt", "responses", "rewards"}, the authors' format."""
-    header = Path(folder, "header.json")
-    if not header.exists() or "converted" in header.read_text("utf-8"):
-        raise UserError(f"--export needs a samples folder with responses, got {folder}")
+    if "converted" in Path(folder, "header.json").read_text("utf-8"):
+        raise UserError(f"--export needs responses, got the converted rewards of {folder}")
     samples = vbon.read_samples(folder, ("responses", "rewards"))
     rows = [{"prompt": json.loads(prompt)} | columns for prompt, columns in samples.items()]
     vbon.atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{path}: {sum(len(row['rewards']) for row in rows):,} samples of {len(rows):,} prompts")
-
-
-# ========== 5. Figures ===========================================================================
-
-BELOW = {"ncols": 3, "columnspacing": 1, "handletextpad": 0.3, "loc": "upper center",
-         "bbox_to_anchor": (0.5, -0.16)}  # place of a legend
-DOUBLINGS = [2.0 ** i for i in range(-9, 30)]  # ticks of an axis of N
 
 
 @contextlib.contextmanager
@@ -482,12 +451,12 @@ def scatter(axes, runs, x, y, shares):
     """Plot a point per run, with error bars where a metric is estimated. Given {method: share of
     the front}, the legend shows it, and points off their method's own front are faded."""
     for i, method in enumerate(METHODS.values()):
-        found = [(mean_and_error([run], x), mean_and_error([run], y))
+        found = [(*mean_and_error([run], x), *mean_and_error([run], y))
                  for run in runs if run["method"] == method]
         marker, color = ("x", "black") if method == "BoN" else ("o", f"C{i}")
         style = {"fmt": marker, "color": color, "ms": 5, "lw": 0.8}
-        on_front = pareto_front([(cost, value) for (cost, _), (value, _) in found])
-        for ((a, a_error), (b, b_error)), best in zip(found, on_front):
+        on_front = pareto_front([(a, b) for a, _, b, _ in found])
+        for (a, a_error, b, b_error), best in zip(found, on_front):
             axes.errorbar(a, b, b_error, a_error, **style, alpha=1 if best or not shares else 0.25)
         if found:
             share = f" ({100 * shares[method]:.0f} % of the front)" if method in shares else ""
@@ -526,16 +495,14 @@ def plot_excess(path, title, runs):
         set_ticks(axes.xaxis, DOUBLINGS)
 
 
-# ========== 6. Command line ======================================================================
-
+# ========== 5. Command line ======================================================================
 
 def make_parser(description):
     """A parser with the flags of a test, to which the caller can add flags."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
     def error(message):
         raise UserError(message)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = error
     parser.set_defaults(responses=0)
     add = parser.add_argument_group("test").add_argument
@@ -545,8 +512,9 @@ def make_parser(description):
     add("--test-responses", type=int, default=8, help="number of sampled responses per test prompt")
     add("--temperatures", metavar="T", type=float, nargs="+", default=[],
         help="sampling temperatures of policy and reference model; by default training's")
-    add("--reward", metavar="MODEL", help="another reward model, a hub name or folder")
+    add("--reward", metavar="MODEL", help="another reward: hub name, folder or file.py:function")
     add("--seed", type=int, default=0, help="seed of the sampled responses")
+    add("--samples", metavar="DIR", help="folder of cached reference samples; by default the run's")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--figures", metavar="DIR", help="folder for the figures")
     return parser
@@ -600,8 +568,7 @@ def main(argv=None):
         add = parser.add_argument_group("output").add_argument
         add("--csv", metavar="FILE", help="file with one row per run")
         add("--responses", metavar="K", type=int, default=0, help="number of test prompts to show")
-        add("--export", metavar=("SAMPLES", "FILE"), nargs=2,
-            help="write a samples folder as JSON lines of prompt, responses and rewards")
+        add("--export", metavar=("SAMPLES", "FILE"), nargs=2, help="write samples as JSON lines")
         return parse_options(parser, argv)
     return vbon.run_script("evaluate.py", parse, run_evaluation)
 

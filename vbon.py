@@ -20,14 +20,13 @@ Algorithm 1:
         estimate F(y) = P(a sample of π_ref scores lower than y) from the M reference rewards
         π_bon(y) = (F(y) + π_ref(y))^N − F(y)^N        # probability of y under Best-of-N
         reward: (log π_bon(y) − log π_ref(y)) / N on the last token,
-                −(log π_θ − log π_ref) / N on every token
+                −(log π_θ − log π_ref) / N on every token, in sum (log π_bon(y) − log π_θ(y)) / N
         PPO: GAE, whitened advantages, clipped policy loss, clipped value loss
 
 Sections 1 to 4 are this algorithm. Formulas and losses are pure functions of tensors that can be
-copied alone. Section 5 has two additions of ours.
-
-Left out on purpose: LoRA and sharding (--unfrozen-layers saves memory), an adaptive KL coefficient
-and an entropy bonus (the objective fixes both), and training the reward model.
+copied alone. Section 5 has two methods that are not in the paper. Left out on purpose: LoRA,
+sharding, training the reward model, an adaptive KL coefficient and an entropy bonus (the objective
+fixes both weights).
 
 Notation: prompt x, response y, reward r, p = π_ref(y|x). KL and log-probs are in nats. Shapes: P
 prompts, M reference samples per prompt, B responses, T response tokens, L prompt tokens, hidden
@@ -44,6 +43,7 @@ import json
 import math
 import os
 import random
+import runpy
 import shutil
 import sys
 import time
@@ -67,17 +67,12 @@ class UserError(ValueError):
     """A mistake that the user can fix. It is printed as one line, with exit code 2."""
 
 
-def all_gather(x):
-    """Return [x of each process]. x is anything that can be pickled."""
+def all_sum(x):
+    """Sum of x, a number or CPU tensor, over the processes."""
     gathered = [x] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(gathered, x)
-    return gathered
-
-
-def all_sum(x):
-    """Sum of x over the processes."""
-    return sum(all_gather(x))
+    return sum(gathered)
 
 
 def autocast(args):
@@ -88,17 +83,15 @@ def autocast(args):
 
 # ========== 1. Mathematics =======================================================================
 
-
 def log_bon_pmf(log_F, log_p, N):
     """Exact log-probability of a response under Best-of-N, in nats (Prop. 1, Eq. 4).
 
-    π_bon(y) = (F + p)^N − F^N: all N samples rank at most as high as y, but not all strictly lower.
+    π_bon(y) = (F + p)^N − F^N = P(all N samples rank at most as high as y) − P(all rank lower).
     The paper's Σ_i C(N,i) F^(N−i) p^i is the same number, but takes O(N) steps and overflows.
 
     Args: log_F = log P(r(y') < r(y)) for y' ~ π_ref, may be −inf; log_p = log π_ref(y|x), with EOS;
-    N, real, at least 1, else ValueError. All are broadcast.
-    Returns: log π_bon(y), float64, differentiable, with a relative accuracy of 1e-10 (absolute
-    below 1).
+    N, real, at least 1. All are broadcast. Raises: ValueError if N is below 1.
+    Returns: log π_bon(y), float64, differentiable, with an error below 1e-10·max(1, |log π_bon|).
     """
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
@@ -121,7 +114,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
       "add_one"   log((k+1) / (M+1)): always finite, as in the authors' code
       "log_mean"  log(k / M): the paper's log of the mean, −inf at k = 0
       "smooth"    −a·exp(−b·r) with a, b of `fit_log_F`
-    The first two use ranks only. To break ties in a fixed order, pass ranks of (reward, order).
+    The first two use ranks only. To break ties, pass ranks instead of rewards.
 
     Args: rewards (...); ref_rewards (..., M) of the same prompts, or (M,) for all of them.
     Returns: log F̂ (...), float64, in nats.
@@ -155,8 +148,8 @@ def fit_log_F(ref_rewards):
     M = r.shape[-1]
     if M < 3 or not r.isfinite().all():
         raise ValueError("fit_log_F needs at least 3 finite reference rewards per prompt")
-    log_F = torch.log((torch.searchsorted(r, r) + 1) / (M + 1)).unsqueeze(-2)
-    # Rewards in units of their spread, from 0 up, so that no exponential overflows.
+    log_F = torch.log((torch.searchsorted(r, r) + 1).double() / (M + 1)).unsqueeze(-2)
+    # Rewards shifted to start at 0 and scaled to unit spread, so that no exponential overflows.
     spread = r.std(-1, keepdim=True)
     spread = torch.where(spread > 0, spread, 1.0)
     z = ((r - r[..., :1]) / spread).unsqueeze(-2)
@@ -178,12 +171,12 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     """Return the terminal reward of each response, in nats.
 
     With a penalty of (log π_θ − log π_ref) / N on every token, PPO maximizes −KL(π_θ ‖ π_bon) / N
-    or a lower bound of it. Dividing by N keeps one scale for all N. Before that the reward is
+    or a lower bound of it. The reward is 1/N, which gives all N one scale, times
       "vbon"    log π_bon(y) − log p                      the objective itself    (Eq. 5)
       "bound"   (N−1)·log F                               its lower bound L       (Eq. 8)
       "bound1"  N(N−1)/2·log F + (N(N+1)/2 − 1)·log p     a looser bound, L1      (Eq. 16)
-    Where log p < −30, "vbon" equals "bound" + log(N)/N to 1e-10, so a trainer that subtracts a
-    baseline can use "bound" with log_p = 0.
+    Where log p < −30 and F̂ > 0, "vbon" is "bound" plus the constant log(N)/N, to 1e-10. A trainer
+    that subtracts a baseline can therefore use "bound" with log_p = 0.
 
     Args: log_F, log_p, N as in `log_bon_pmf`. Returns: the broadcast shape, float64.
     Raises: ValueError if N is below 1 or the objective is unknown.
@@ -218,25 +211,24 @@ def mid_ranks(rewards, ref_rewards):
 
 
 def kl_to_bon(kl_to_ref, mean_log_F, N):
-    """KL(π_θ ‖ π_bon) from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], in nats, where p is small beside F,
-    as for real text: log π_bon = log p + log N + (N−1)·log F."""
+    """KL(π_θ ‖ π_bon) from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], in nats, for p ≪ F, as for real
+    text, where log π_bon = log p + log N + (N−1)·log F."""
     return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
 
 
 def effective_N(mean_log_F):
-    """N of the Best-of-N distribution that is closest to a policy with this E_{π_θ}[log F] (nats):
-    there the derivative of `kl_to_bon` by N is zero. The reference model has 1."""
+    """The N that minimizes `kl_to_bon` for a policy with this E_{π_θ}[log F], in nats. It is 1 for
+    the reference model."""
     return -1 / mean_log_F
 
 
 def excess_kl(kl_to_ref, mean_log_F):
-    """KL in nats to that closest Best-of-N distribution."""
+    """KL(π_θ ‖ π_bon) in nats for N = `effective_N`, the closest Best-of-N distribution."""
     N = -1 / mean_log_F
     return kl_to_ref - (math.log(N) - (N - 1) / N)
 
 
 # ========== 2. PPO: advantages and losses ========================================================
-
 
 def masked_mean(x, mask):
     """Mean of x over the entries where the mask is 1."""
@@ -282,7 +274,6 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 # ========== 3. Language model: sampling and log-probs ============================================
 
-
 @dataclass
 class Rollout:
     """B sampled responses. Indexing it by rows indexes every tensor."""
@@ -293,7 +284,7 @@ class Rollout:
     log_probs: Tensor = None      # (B, T) under the policy that sampled them, 0 after EOS
     values: Tensor = None         # (B, T) value estimates, 0 after EOS
     advantages: Tensor = None     # (B, T) whitened
-    returns: Tensor = None        # (B, T) values + advantages before whitening
+    returns: Tensor = None        # (B, T) values + unwhitened advantages
     frozen_hidden: Tensor = None  # (B, L+T−1, H) output of the last frozen layer
     layer_type: type = Tensor     # what a layer of this architecture returns: Tensor or tuple
 
@@ -303,9 +294,8 @@ class Rollout:
 
 def pad(rows, value, side, device="cpu"):
     """Pad lists of token ids on one side. Returns ids and mask (false on padding), both (B, T)."""
-    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, False, side)
-    return ids.to(device), mask.to(device)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
+    return ids.masked_fill(ids < 0, value).to(device), (ids >= 0).to(device)
 
 
 def token_lists(rollout):
@@ -315,28 +305,26 @@ def token_lists(rollout):
 
 def decode(task, prompts, responses):
     """Decode token ids of responses to texts. EOS becomes `task.end`. Prompt and response are
-    decoded together, because some tokenizers drop a leading space."""
-    def text(ids):
-        return task.tokenizer.decode(ids, skip_special_tokens=True,
+    decoded together, because some tokenizers drop the space before a text."""
+    @functools.cache
+    def text(*ids):
+        return task.tokenizer.decode(list(ids), skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
-    distinct, texts = {str(p): task.encode(p) for p in prompts}, []
-    lengths = {key: len(text(ids)) for key, ids in distinct.items()}
-    for key, ids in zip(map(str, prompts), responses):
-        ended = bool(ids) and ids[-1] in task.eos
-        whole = text(distinct[key] + (ids[:-1] if ended else ids))
-        texts.append(whole[lengths[key]:] + (task.end if ended else ""))
+    texts = []
+    for start, ids in zip(map(task.encode, prompts), responses):
+        ended = len(ids) > 0 and ids[-1] in task.eos
+        whole = text(*start, *ids[:len(ids) - ended])
+        texts.append(whole[len(text(*start)):] + task.end * ended)
     return texts
 
 
 def forward(lm, ids, mask, keep, temperature, cache=None):
-    """Logits / temperature (B, keep, V) and hidden states (B, keep, H) at the last positions.
-
-    ids (B, T) are, with a cache, the tokens that it lacks. mask: (B, cached + T).
-    """
+    """Logits / temperature (B, keep, V) and hidden states (B, keep, H) at the last positions. With
+    a cache, ids (B, T) are the new tokens only. mask: (B, cached + T)."""
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
     def keep_hidden(_, inputs):
-        hidden.append(inputs[0].contiguous())  # a slice is multiplied row by row
+        hidden.append(inputs[0].contiguous())  # faster to multiply than a slice
         return hidden[0]
     with lm.get_output_embeddings().register_forward_pre_hook(keep_hidden):
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
@@ -349,9 +337,9 @@ def sample_tokens(logits, uniforms):
     log-probs (B,). `torch.multinomial` is several times slower."""
     pi = logits.softmax(-1)
     cdf = pi.cumsum(-1)
-    u = uniforms.unsqueeze(1) * (1 - 2 ** -22) * cdf[:, -1:]  # below the total, also when rounded
+    u = uniforms.unsqueeze(1) * (1 - 2 ** -22) * cdf[:, -1:]  # stays below the total when rounded
     tokens = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[1] - 1)
-    # On a GPU the parallel cumsum may select a token of probability 0.
+    # A GPU's cumsum is not exactly monotone, so a token of probability 0 may be selected.
     log_probs = pi.gather(1, tokens).clamp(min=torch.finfo(pi.dtype).tiny).log()
     return tokens.squeeze(1), log_probs.squeeze(1)
 
@@ -399,40 +387,32 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
 
 def transformer_layers(lm):
     """The list of transformer layers and the module that holds it, in any architecture."""
+    number = lm.config.get_text_config().num_hidden_layers
     for module in lm.modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == lm.config.num_hidden_layers:
+            if isinstance(child, nn.ModuleList) and len(child) == number:
                 return child, module
     raise UserError(f"cannot find the layers of a {type(lm).__name__}: pass --unfrozen-layers -1")
 
 
 @contextlib.contextmanager
 def frozen_layers(lm, K, output=None):
-    """Run the layers below the top K once per iteration, not once per model and epoch.
-
-    Yields a list that collects the last frozen layer's output of each pass. Given that `output`,
-    the frozen layers return it and compute nothing. The list of layers stays whole, so that layer
-    indices, masks and positions are the model's own.
-    """
+    """Yield a list that collects the output of the last frozen layer, the one below the top K, in
+    each pass. With `output`, the frozen layers return that instead and compute nothing. No layer is
+    removed, so that layer indices, masks and positions are the model's own."""
     frozen, outputs = list(transformer_layers(lm)[0][:-K]) if K > 0 else [], []
-    hooks = [layer.register_forward_hook(lambda _, inputs, out: outputs.append(out))
-             for layer in frozen[-1:]]
-    for layer in frozen if output is not None else ():
-        layer.forward = lambda *args, **kwargs: output
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in frozen if output is not None else []:
+            layer.forward = lambda *args, **kwargs: output
+            stack.callback(vars(layer).pop, "forward")
+        for layer in frozen[-1:]:
+            stack.enter_context(layer.register_forward_hook(lambda *x: outputs.append(x[-1])))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in frozen:
-            vars(layer).pop("forward", None)
 
 
 def response_log_probs(lm, batch, temperature, K=-1):
     """log π(y_t | x, y_<t) of the tokens of a Rollout, (B, T), nats, and hidden states (B, T, H).
-
-    If the Rollout has `frozen_hidden`, only the top K layers are computed.
-    """
+    If the Rollout has `frozen_hidden`, only the top K layers are computed."""
     output, tokens = batch.frozen_hidden, batch.tokens
     K = -1 if output is None else K
     with frozen_layers(lm, K, (output,) if batch.layer_type is tuple else output):
@@ -456,9 +436,10 @@ def reference_log_probs(ref, rollout, args):
 
 
 def make_policy(ref, K, own_output=False):
-    """Copy the reference model. Only the top K layers and what follows them (the final norm) are
-    trained, in float32, or everything for K = −1. The other tensors are frozen and shared with the
-    reference model. own_output: the output layer is not shared, nor tied to the embeddings."""
+    """Copy the reference model. Trained, in float32, are the top K layers and what the model lists
+    after them (mostly the final norm), or everything for K = −1. The other tensors are shared with
+    the reference model. own_output: copy the output weight too; for K ≥ 1 only `step_token_bias`
+    changes it."""
     ref.requires_grad_(False)
     shared = {}
     if K != -1:
@@ -481,8 +462,8 @@ def make_policy(ref, K, own_output=False):
 
 # ========== 4. Training ==========================================================================
 
-CLIP = 0.2          # range of the policy ratio and of the values
-REWARD_CLIP = 10.0  # range of the terminal rewards
+CLIP = 0.2          # policy ratios are clipped to 1 ± CLIP, values to old values ± CLIP
+REWARD_CLIP = 10.0  # terminal rewards are clipped to ± REWARD_CLIP
 
 
 def terminal_reward(scores, ref_rewards, log_ref, args):
@@ -492,7 +473,7 @@ def terminal_reward(scores, ref_rewards, log_ref, args):
         return scores.clamp(-REWARD_CLIP, REWARD_CLIP)
     log_F = estimate_log_F(scores, ref_rewards, args.estimator)
     reward = vbon_reward(log_F, log_ref, args.N, args.objective)
-    limit = math.inf if args.objective == "bound1" else REWARD_CLIP  # bound1 has a large log p
+    limit = math.inf if args.objective == "bound1" else REWARD_CLIP  # its N/2·log p is large
     return reward.clamp(-limit, limit)
 
 
@@ -504,7 +485,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     """
     start, B = time.perf_counter(), len(prompts)
 
-    # Sample one response per prompt with the policy. Decoding returns log-probs and values.
+    # Sample one response per prompt with the policy, with log-probs and values.
     uniforms = torch.rand(B, args.max_new_tokens, generator=generator, device=args.device)
     with autocast(args):
         rollout = generate(policy, [task.encode(p) for p in prompts], uniforms, task.eos,
@@ -516,8 +497,8 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     ref_log_probs = reference_log_probs(task.ref, rollout, args)
     log_ratio = rollout.log_probs - ref_log_probs
 
-    # Score the responses and estimate log F from the prompt's reference rewards.
-    # Terminal reward. This is the only difference between vBoN and KL-regularized RL.
+    # Score the responses. The terminal reward follows from log F̂, an estimate from the prompt's
+    # reference rewards. This is the only difference between vBoN and KL-regularized RL.
     scores = torch.tensor(task.score(prompts, responses), dtype=torch.double)
     log_ref = ref_log_probs.cpu().double().sum(1)
     terminal = terminal_reward(scores, ref_rewards, log_ref, args)
@@ -542,7 +523,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     if ref_rewards.shape[1]:
         metrics["win_rate"] = mid_ranks(scores, ref_rewards) / ref_rewards.shape[1]
         log_bon = log_bon_pmf(estimate_log_F(scores, ref_rewards), log_ref, args.N)
-        metrics["kl_to_bon"] = log_pi - log_bon  # noisy, and too low where F̂ + p exceeds 1
+        metrics["kl_to_bon"] = log_pi - log_bon  # noisy; too low where F̂ + p > 1
     return rollout, {f"objective/{name}": x.mean().item() for name, x in metrics.items()} | {
         "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
 
@@ -582,7 +563,7 @@ def update(policy, value_head, optimizer, rollout, token_counts, args, generator
         step_token_bias(policy.get_output_embeddings().weight, torch.cat(hidden_states), rollout,
                         token_counts, args.token_bias_lr * lr / args.lr, args.kl_coef)
 
-    check_finite(parameters)
+    check_finite([*parameters, policy.get_output_embeddings().weight])
     names = ("ppo/policy_loss", "ppo/value_loss", "ppo/approx_kl", "ppo/clip_fraction")
     means = dict(zip(names, torch.stack(losses).mean(0).tolist()))
     return means | {"ppo/lr": lr, "time/update": time.perf_counter() - start}
@@ -599,7 +580,8 @@ def train(args):
         nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 1)).to(args.device)
     open_run(args)
 
-    # Rewards of the M reference samples per prompt, (P, M). KL-regularized RL needs none.
+    # Rewards of the M reference samples per prompt, (P, M). KL-regularized RL needs them only for
+    # the prefix critic.
     clock, ref_rewards = time.perf_counter(), torch.zeros(len(task.prompts), 0)
     if args.objective != "rlhf" or args.prefix_critic:
         ref_rewards = reference_samples(task, args)
@@ -637,7 +619,7 @@ def train(args):
 
 
 def make_optimizer(modules, args):
-    """AdamW over the trained parameters, with trlx's constants."""
+    """AdamW over the trained parameters, with the constants of trlx, a PPO library."""
     trained = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, args.lr, (0.9, 0.95), args.adam_eps, 1e-6, fused=True)
 
@@ -651,7 +633,7 @@ def average_gradients(parameters):
 
 
 def check_finite(parameters):
-    """Raise UserError before weights that are not finite are saved."""
+    """Raise UserError if a weight is not finite."""
     if not sum(p.detach().square().sum() for p in parameters).isfinite():
         raise UserError("the weights are no longer finite: pass a smaller --lr")
 
@@ -696,7 +678,7 @@ def log_metrics(args, metrics, bar):
 
 
 def save_checkpoint(args, task, done, tensors, optimizer):
-    """Save the state after `done` iterations. Random generators are seeded by the iteration."""
+    """Save the state after `done` iterations. It has no generators: each iteration seeds them."""
     if RANK == 0:
         state = {"done": done, "ref": task.ref_id, "tensors": tensors,
                  "optimizer": optimizer.state_dict()}
@@ -731,28 +713,25 @@ def save_run(args, task, policy, result):
         return result
     from transformers import AutoModelForCausalLM, GenerationConfig
     folder = f"{args.out}/policy"
-    # The settings of training, which may differ from the base model's.
+    # Sample with the settings of training, which may differ from the base model's.
     policy.generation_config = GenerationConfig(do_sample=True, temperature=args.temperature,
                                                 top_k=0, eos_token_id=task.eos)
-    policy.config.dtype = torch.float32  # of the trained weights
-    policy.save_pretrained(folder)
+    policy.cpu().float().save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
 
     # The saved policy must be the trained one.
     ids = torch.tensor([task.encode(task.prompts[0])])
-    with torch.no_grad(), autocast(args), loading(f"cannot load the saved policy {folder}"):
-        saved = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
-        trained = policy(ids.to(args.device)).logits.cpu()
-        error = (saved.float().log_softmax(-1) - trained.float().log_softmax(-1)).abs().max()
-        if not error < 10 * TOLERANCE[args.dtype]:
-            raise UserError(f"{folder}: log-probs of the saved policy differ by {error:.2g} nats "
-                            "from those of the trained one")
+    with torch.no_grad(), loading(f"cannot load the saved policy {folder}"):
+        saved = AutoModelForCausalLM.from_pretrained(folder).eval()
+        error = (saved(ids).logits - policy(ids).logits).abs().max()
+        if not error < TOLERANCE["float32"]:
+            raise UserError(f"{folder}: the logits of the saved policy are off by {error:.2g}")
 
     rows = [*map(json.loads, Path(args.out, "metrics.jsonl").read_text("utf-8").splitlines())]
     last = rows[-max(1, len(rows) // 16):]
-    means = {k: np.mean([row[k] for row in last]) for k in last[0] if k in rows[0] and "/" in k}
-    settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
+    means = {k: np.mean([row[k] for row in last if k in row]) for k in last[-1] if "/" in k}
     exact = {k: x for k, x in last[-1].items() if k.startswith("exact")}
+    settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
     result = settings | means | exact | result
     atomic_write(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
@@ -763,10 +742,9 @@ def save_run(args, task, policy, result):
 
 # ========== 5. Beyond the paper: prefix critic and token bias ====================================
 
-
 def score_prefixes(task, prompts, rollout, ref_rewards, every):
-    """Score the partial response before every `every`-th token. Returns the normal quantiles
-    u = Φ⁻¹((k + ½) / (M + 1)) (B, T), where k is the mid-rank of the score among the prompt's M
+    """Score the partial response after every `every` tokens. Returns the scores' ranks as normal
+    quantiles, u = Φ⁻¹((k + ½) / (M + 1)) (B, T), where k is the mid-rank among the prompt's M
     reference rewards (B, M), and 0 where nothing is scored."""
     tokens, u = token_lists(rollout), torch.zeros(rollout.mask.shape, dtype=torch.double)
     cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
@@ -784,6 +762,7 @@ def prefix_values(u, rewards, mask, every, total=lambda x: x):
     """Values (B, T) from scores of partial responses: one ridge regression per block of `every`
     tokens. The return at the first token of a block is regressed on (1, u, u², u³) over the
     responses that reach it. Every token of the block gets the fitted value, 0 where the mask is 0.
+    The fit sees the returns that it is a baseline of, so the gradient has a small bias.
 
     Args: u of `score_prefixes`, rewards, mask, all (B, T); total sums a tensor over processes.
     """
@@ -801,22 +780,20 @@ def prefix_values(u, rewards, mask, every, total=lambda x: x):
 
 @torch.no_grad()
 def step_token_bias(weight, hidden, rollout, counts, step, kl_coef):
-    """One natural-gradient step on a bias of the logits, one number per token of the vocabulary.
-
-    The gradient for a token is the sum of the advantages where it was sampled, its Fisher
-    information the number of these places. A plain gradient favors frequent tokens, which costs
-    more KL for the same reward. Rare tokens, whose sums are noisy, move less. The bias is added to
-    the output weight (V, H) as bias·vᵀ, where v solves hidden·v = 1, exactly behind a LayerNorm.
+    """One natural-gradient step on a bias of the logits, one number per token of the vocabulary:
+    the sum of a token's advantages over its count. A plain gradient moves frequent tokens too much,
+    which costs more KL for the same reward. The bias is added to the output weight (V, H) as
+    bias·vᵀ, where v solves hidden·v = 1, exactly if a LayerNorm computes hidden.
 
     Args: hidden (n, H), the output layer's inputs; counts (V,), a running mean of how often each
     token is sampled, updated in place; step, 0 to 1.
     """
-    tokens, advantages = rollout.tokens, rollout.returns - rollout.values  # not whitened
-    sums, n = (all_sum(torch.bincount(tokens[rollout.mask].cpu(), x[rollout.mask].cpu(),
-                                      len(counts)))
-               for x in (advantages.double(), torch.ones_like(advantages).double()))
+    tokens = rollout.tokens[rollout.mask].cpu()
+    advantages = (rollout.returns - rollout.values)[rollout.mask].cpu().double()  # not whitened
+    sums = all_sum(torch.bincount(tokens, advantages, len(counts)))
+    n = all_sum(torch.bincount(tokens, minlength=len(counts)).double())
     counts.lerp_(n, step if counts.any() else 1.0)
-    bias = sums / kl_coef / (counts / step + 20)
+    bias = sums / kl_coef / (counts / step + 20)  # + 20: rare tokens, whose sums are noisy
     # Limit the step to 0.005 nats per token. Without a limit it diverges for a large N.
     nats = 0.5 * (counts * bias ** 2).sum() / counts.sum()
     bias *= (0.005 / nats).sqrt().clamp(max=1.0)
@@ -829,25 +806,24 @@ def step_token_bias(weight, hidden, rollout, counts, step, kl_coef):
 
 # ========== 6. Reference samples: sampled once, cached, resumable ================================
 
-
 def reference_samples(task, args, tokens=False):
     """Rewards of M reference samples per prompt, (P, M) float64. Missing samples are generated.
-
-    They depend on the prompt, its split and --data-seed. tokens: also return P lists of M lists of
-    token ids.
-    """
+    They are seeded by the prompt, its split and --data-seed. tokens: also return P lists of M lists
+    of token ids."""
     folder, header = samples_folder(task, args)
     columns, path = ("rewards", "tokens") if tokens else ("rewards",), folder / "header.json"
-    prompts, samples = {json.dumps(p): p for p in task.prompts}, read_samples(folder, columns)
+    converted = path.exists() and "converted" in path.read_text("utf-8")
+    samples = read_samples(folder, ("rewards",) if converted else columns)
+    prompts = {json.dumps(p): p for p in task.prompts}
     have = {key: len(samples.get(key, {}).get("rewards", ())) for key in prompts}
     missing = {key: p for key, p in prompts.items() if have[key] < args.M}
-    if (missing or tokens) and path.exists() and "converted" in path.read_text("utf-8"):
-        raise UserError(f"{folder} has converted rewards, for some prompts {min(have.values())}, "
-                        "and no tokens: convert again, or pass another --samples or --M")
+    if converted and (missing or tokens):
+        raise UserError(f"{folder} has converted rewards without tokens, for some prompts only "
+                        f"{min(have.values())}: convert again, or pass another --samples or --M")
     if missing and RANK == 0:
         atomic_write(path, header)
         sample_missing(task, args, missing, have, folder)
-    all_gather(None)  # the other processes wait
+    all_sum(0)  # the other processes wait
     samples = read_samples(folder, columns) if missing else samples
     found = [[samples[json.dumps(p)][name][:args.M] for p in task.prompts] for name in columns]
     found[0] = torch.tensor(found[0], dtype=torch.double)
@@ -870,18 +846,15 @@ def read_samples(folder, columns=("rewards",)):
         with loading(f"cannot read {path} (remove it to generate its samples again)"):
             for row in map(json.loads, path.open(encoding="utf-8")):
                 known = samples.setdefault(json.dumps(row["prompt"]), {c: [] for c in columns})
-                new = len(known[columns[0]]) - row["start"]  # two runs may have saved the same
+                new = len(known[columns[0]]) - row["start"]  # files of two runs may overlap
                 for name in columns if new >= 0 else ():
                     known[name] += row[name][new:]
     return samples
 
 
 def sample_missing(task, args, missing, have, folder):
-    """Generate, score and cache samples. missing: {key: prompt}, have: {key: number cached}.
-
-    Batches are written atomically. A resumed run regenerates whole batches, because rounding
-    depends on the batch shape.
-    """
+    """Generate, score and cache samples. missing: {key: prompt}, have: {key: number cached}. Each
+    batch is one atomic write. A resumed run repeats whole batches, so that rounding is the same."""
     sample, stop, size = sample_by_hand, None, args.sample_batch
     if args.backend == "vllm":
         (sample, stop), size = vllm_sampler(task, args), 16_384
@@ -893,19 +866,18 @@ def sample_missing(task, args, missing, have, folder):
           f"(a smaller {flags} reduces them)")
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     for keys in tqdm(batches, desc="reference samples", unit="batch"):
-        prompts, start = [missing[key] for key in keys], have[keys[0]]  # the lowest of the batch
-        names = [f"{args.data_seed} {task.split} {p}".encode() for p in prompts]
+        prompts, start = [missing[key] for key in keys], have[keys[0]]  # the smallest of the batch
+        names, n = [f"{args.data_seed} {task.split} {p}".encode() for p in prompts], args.M - start
         seeds = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
         tokens = sample(task, args, [task.encode(p) for p in prompts], seeds, start)
-        repeated = [p for p in prompts for _ in range(args.M - start)]
+        repeated = [p for p in prompts for _ in range(n)]
         texts = decode(task, repeated, tokens)
-        rewards, lines = task.score(repeated, texts), []
-        for i, p in enumerate(prompts):
-            own = slice(i * (args.M - start), (i + 1) * (args.M - start))
-            row = {"prompt": p, "start": start, "rewards": rewards[own], "responses": texts[own],
-                   "tokens": tokens[own]}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        atomic_write(folder / f"{start:06}-{args.M:06}-{seeds[0]:016x}.jsonl", "".join(lines))
+        data = {"rewards": task.score(repeated, texts), "responses": texts, "tokens": tokens}
+        rows = [{"prompt": p, "start": start} | {k: x[i * n:(i + 1) * n] for k, x in data.items()}
+                for i, p in enumerate(prompts)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        name = f"{start:06}-{args.M:06}-{sum(seeds) % 2 ** 64:016x}.jsonl"
+        atomic_write(folder / name, "".join(lines))
     if stop:
         stop()  # training needs the memory
 
@@ -923,7 +895,7 @@ def sample_by_hand(task, args, prompts, seeds, start):
 
 
 def vllm_sampler(task, args):
-    """Start a vLLM engine. Returns the same function as `sample_by_hand`, and one that stops it."""
+    """Start a vLLM engine. Returns a function like `sample_by_hand`, and one that stops it."""
     with loading("--backend vllm (requirements.txt names the version)"):
         from vllm import LLM, SamplingParams
         llm = LLM(args.ref, dtype=args.dtype, seed=args.data_seed, enable_prefix_caching=True,
@@ -942,24 +914,23 @@ def vllm_sampler(task, args):
 
 # ========== 7. Tasks: models, rewards and prompts ================================================
 
-
 @dataclass
 class Task:
     ref: nn.Module      # reference model, a causal language model
     tokenizer: object
     score: Callable     # (prompts, responses), two lists of B texts -> list of B rewards
     encode: Callable    # prompt -> token ids
-    prompts: list       # P texts, or chats as lists of messages, of the split; may repeat
+    prompts: list       # P prompts of the split, texts or lists of messages; may repeat
     split: str          # train or test
     ref_id: str         # hash of the reference model
     reward_id: str      # hash of the reward
     eos: list           # token ids that end a response
-    end: str = ""       # text that marks EOS for the reward
+    end: str = ""       # text of EOS, appended for the reward, or empty
 
 
 @contextlib.contextmanager
 def loading(what):
-    """Turn what the libraries raise for a user's file or model into a one-line UserError."""
+    """Turn an exception about a user's file or model into a one-line UserError."""
     try:
         yield
     except UserError:
@@ -983,18 +954,25 @@ def text_task(args, split):
     eos = [i for i in dict.fromkeys([tokenizer.eos_token_id, *eos]) if i is not None]
     if not eos:
         raise UserError(f"--ref {args.ref} must have an EOS token, which ends responses")
+    if eos != [tokenizer.eos_token_id]:
+        ref_id += f", ends with {eos}"
     end = "" if args.no_eos_reward is None else tokenizer.decode(eos[:1])
     score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward, args.dtype)
-    known = {}
+
+    adds_bos, adds_eos = added_tokens(tokenizer)
+
+    @functools.cache
+    def encode_key(key):
+        prompt = json.loads(key)
+        if not isinstance(prompt, str):
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True,
+                                                 return_dict=False)
+        ids = tokenizer.encode(prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt)
+        return ids[:-1] if adds_eos else ids
 
     def encode(prompt):
-        if str(prompt) not in known:
-            ids = (tokenizer.encode(without_bos(tokenizer, prompt)) if isinstance(prompt, str) else
-                   tokenizer.apply_chat_template(prompt, add_generation_prompt=True,
-                                                 return_dict=False))
-            known[str(prompt)] = ids[:-1] if ids[-1:] == eos[:1] else ids  # some append EOS
-        return known[str(prompt)]
-    positions = getattr(ref.config, "max_position_embeddings", None) or math.inf
+        return encode_key(json.dumps(prompt))
+    positions = getattr(ref.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = positions - args.max_new_tokens
     prompts = load_prompts(args, split, tokenizer, min(512, room))
     with loading(f"cannot encode the prompts of --dataset {args.dataset} with --ref {args.ref}"):
@@ -1008,17 +986,17 @@ def text_task(args, split):
     return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
 
 
-def without_bos(tokenizer, text):
-    """Remove BOS from the start of a text if the tokenizer adds it again."""
-    adds = tokenizer.bos_token and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if adds else text
+def added_tokens(tokenizer):
+    """Whether the tokenizer adds BOS to the start and EOS to the end of a text."""
+    ids = tokenizer.encode("a")
+    return ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
 
 
 def load_model(flag, loader, name, device, dtype="float32"):
     """Load a hub name, or a folder of a model or PEFT adapter. Returns model, tokenizer and a hash
     of both."""
     from transformers import AutoTokenizer
-    kwargs = {"dtype": getattr(torch, dtype)}
+    kwargs, source = {"dtype": getattr(torch, dtype)}, name
     with loading(f"cannot load --{flag} {name} (a hub name, or a folder with config.json, "
                  "tokenizer.json and weights)"):
         if Path(name, "adapter_config.json").exists():
@@ -1026,16 +1004,24 @@ def load_model(flag, loader, name, device, dtype="float32"):
             import peft
             heads = [len(x) for k, x in peft.load_peft_weights(name, "cpu").items()
                      if k.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
-            adapted = getattr(peft, loader.__name__.replace("Auto", "AutoPeft"))
-            kwargs |= {"num_labels": n for n in heads[-1:]}
-            model = adapted.from_pretrained(name, **kwargs).merge_and_unload()
+            kwargs |= {"num_labels": heads[-1]} if heads else {}
             missing = [] if heads or flag != "reward" else ["a classification head"]
+            adapted = getattr(peft, loader.__name__.replace("Auto", "AutoPeft"))
+            adapted, ids = adapted.from_pretrained(name, **kwargs).eval(), torch.arange(1, 9)[None]
+            with torch.no_grad():
+                before = adapted(ids).logits
+                model = adapted.merge_and_unload()
+                error = (model(ids).logits - before).abs().max()
+            if not error < 10 * TOLERANCE[dtype]:  # for example with tied embeddings
+                missing.append(f"an adapter that can be merged (the logits change by {error:.2g})")
+            if not Path(name, "tokenizer_config.json").exists():
+                source = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
         else:
             model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
             missing = sorted(info["missing_keys"])[:4]
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
 
-    # transformers fills in what a folder lacks: random weights, a tokenizer without words.
+    # transformers fills missing parts with random weights or an empty vocabulary.
     words, rows = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
     if flag != "reward" and "Classification" in str(model.config.architectures):
         missing.append("an output layer")
@@ -1044,8 +1030,7 @@ def load_model(flag, loader, name, device, dtype="float32"):
     if len(words) <= len(tokenizer.all_special_tokens) or max(words.values()) >= rows:
         missing.append(f"a tokenizer.json for {rows} embeddings, got {len(words)} tokens")
     if missing:
-        raise UserError(f"--{flag} {name} is no {loader.__name__[9:]} model, it lacks "
-                        + ", ".join(missing))
+        raise UserError(f"--{flag} {name} cannot be used, it lacks {', '.join(missing)}")
 
     # GPT-2's GELU in one pass over memory.
     for path, module in list(model.named_modules()):
@@ -1072,10 +1057,10 @@ def hash_model(model, tokenizer):
 @torch.no_grad()
 def check_sampler(lm, eos, args, longest):
     """Refuse a model whose sampled log-probs differ from a plain forward pass. A recurrent model,
-    for example, takes padding into its state. longest: length of the longest prompt and response,
-    in tokens, which may exceed the window of sliding attention."""
+    for example, does not mask padding. longest: tokens of the longest prompt and response, which
+    may exceed the window of sliding attention."""
     problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
-    window = getattr(lm.config, "sliding_window", None) or math.inf
+    window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
     prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
     uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
     args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
@@ -1095,18 +1080,16 @@ def check_sampler(lm, eos, args, longest):
 
 def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
     """Load the reward: a classifier, or with the name "file.py:function" a Python function of two
-    lists, prompts and responses, that returns a list of numbers.
+    lists, prompts and responses, that returns a list of numbers. A response that does not end with
+    the text `end` gets the reward `without_end`.
 
-    end: text at the end of a complete response. Others get the reward `without_end`.
     Returns: score(prompts, responses) -> list of floats, and a string that identifies the reward.
     """
     path, _, function = name.rpartition(":")
-    if path.endswith(".py"):
-        with loading(f"cannot load --reward {name}"):
-            spec = importlib.util.spec_from_file_location("reward", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            compute = getattr(module, function)
+    if path.endswith(".py") or name.endswith(".py"):
+        with loading(f"cannot load --reward {name} (a function is file.py:name)"):
+            sys.path.append(str(Path(path).resolve().parent))  # it may import files beside it
+            compute = runpy.run_path(path)[function]
             identity = f"{function} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
     else:
         compute, identity = load_classifier(name, device, end, dtype)
@@ -1115,9 +1098,10 @@ def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
         rows = [i for i, y in enumerate(responses) if y.endswith(end)]
         complete = [responses[i].removesuffix(end) for i in rows]
         with loading(f"--reward {name}"):
-            rewards = np.array(compute([prompts[i] for i in rows], complete), dtype=float)
+            rewards = compute([prompts[i] for i in rows], complete) if rows else []
+            rewards = np.array(rewards, dtype=float)
         if rewards.shape != (len(rows),):
-            raise UserError(f"--reward {name} must return {len(rows)} rewards for as many "
+            raise UserError(f"--reward {name} must return {len(rows)} numbers for {len(rows)} "
                             f"responses, got the shape {rewards.shape}")
         for i in np.flatnonzero(~np.isfinite(rewards)):
             raise UserError(f"--reward {name}: rewards must be finite, got {rewards[i]} for the "
@@ -1128,46 +1112,51 @@ def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
     return score, identity + (f", {without_end} without {end}" if end else "")
 
 
+def join(tokenizer, prompt, response, end):
+    """Prompt and response as one text. Messages are formatted by the tokenizer's chat template, or
+    without one as their contents, one per line."""
+    if isinstance(prompt, str):
+        return prompt + response + end
+    if tokenizer.chat_template:
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    return "\n".join([*(message["content"] for message in prompt), response + end])
+
+
 def load_classifier(name, device, end, dtype):
-    """Load a classifier as a reward: its only logit, or the probability of its positive label (the
-    second one if no name begins with "pos"). Returns a function as in `load_reward`, and its hash.
+    """Load a classifier as a reward: its only logit, or the probability of the label whose name
+    begins with "pos", otherwise of the second. Returns a function as in `load_reward` and its hash.
     """
     from transformers import AutoModelForSequenceClassification as Classifier
     model, tokenizer, model_id = load_model("reward", Classifier, name, device, dtype)
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
     if len(labels) > 2:
-        raise UserError(f"--reward {name} must have one logit or two labels, got "
-                        + ", ".join(labels))
+        raise UserError(f"--reward {name} must have one logit or two labels, got {labels}")
     index = next((i for i, x in enumerate(labels) if x.upper()[:3] == "POS"), len(labels) - 1)
     multi_label = model.config.problem_type == "multi_label_classification"
     reading = "the logit" if len(labels) == 1 else (
         f"{'sigmoid' if multi_label else 'probability'} of the label {labels[index]!r}")
     print(f"reward: {reading}")
 
+    adds_bos, adds_eos = added_tokens(tokenizer)
     if tokenizer.pad_token is None:
-        # Causal classifiers read the last token that is not padding. With `end` it is EOS.
+        # Causal classifiers read the last token that is not padding, which may be EOS.
         not_eos = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
-        tokenizer.pad_token = not_eos if end else tokenizer.eos_token or not_eos
+        reads_eos = end or adds_eos or not tokenizer.eos_token
+        tokenizer.pad_token = not_eos if reads_eos else tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # keep the response
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    longest = min(tokenizer.model_max_length, positions)
     for path, x in model.named_modules():
         if path.endswith("position_embeddings") and getattr(x, "padding_idx", None) is not None:
             longest = min(longest, x.num_embeddings - x.padding_idx - 1)  # RoBERTa
 
-    def join(prompt, response):
-        if isinstance(prompt, str):
-            text = prompt + response + end
-        elif tokenizer.chat_template:
-            messages = [*prompt, {"role": "assistant", "content": response}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        else:
-            text = "\n".join([*(message["content"] for message in prompt), response + end])
-        return without_bos(tokenizer, text)
-
     @torch.no_grad()
     def compute(prompts, responses):
-        texts, rewards = list(map(join, prompts, responses)), torch.zeros(len(responses))
+        texts = [join(tokenizer, p, y, end) for p, y in zip(prompts, responses)]
+        texts = [x.removeprefix(tokenizer.bos_token) if adds_bos else x for x in texts]
+        rewards = torch.zeros(len(texts))
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
         for rows in (by_length[i:i + 128] for i in range(0, len(by_length), 128)):
             inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True,
@@ -1177,16 +1166,16 @@ def load_classifier(name, device, end, dtype):
             rewards[rows] = x[:, index]
         return rewards.tolist()
 
-    # A reward must not depend on the other texts of the batch. Few models need left padding.
+    # A reward must not depend on the other texts of its batch. Try padding on both sides.
     texts = ["short", "a text of more than one word " * 4]
     with loading(f"--reward {name}"):
         for tokenizer.padding_side in ("right", "left"):
             alone = [compute([""], [text])[0] for text in texts]
             error = np.subtract(compute(["", ""], texts), alone)
-            if np.abs(error).max() < TOLERANCE[dtype]:
+            if not np.abs(error).max() >= TOLERANCE[dtype]:  # NaN is refused with its response
                 return compute, f"{model_id}, {reading}"
-    raise UserError(f"--reward {name}: the reward of a text changes by {np.abs(error).max():.2g} "
-                    "with the other texts of its batch, so the model cannot be used")
+    raise UserError(f"--reward {name} cannot be used, the reward of a text changes by "
+                    f"{np.abs(error).max():.2g} with the other texts of its batch")
 
 
 TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n")
@@ -1194,7 +1183,7 @@ TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_ad
 
 def load_prompts(args, split, tokenizer, longest):
     """Load the prompts of a split of --dataset, shuffled with --data-seed. tldr trains on two
-    subreddits (§6), and half of its test prompts are from others."""
+    subreddits (§6), and half of its test prompts are from other ones."""
     rows, column = load_rows(args.dataset, split)
     rng, prompts = random.Random(args.data_seed), []
     count = args.train_prompts if split == "train" else args.test_prompts
@@ -1203,10 +1192,10 @@ def load_prompts(args, split, tokenizer, longest):
         found = (make_prompt(rows[i], column, tokenizer, longest, rng)
                  for i in rng.sample(range(len(rows)), len(rows)))
         prompts += itertools.islice((p for p in found if p and (
-            args.task != "tldr" or p.startswith(TLDR_SUBREDDITS) == ours)), count)
+            args.task != "tldr" or str(p).startswith(TLDR_SUBREDDITS) == ours)), count)
     if not prompts:
-        raise UserError(f"--dataset {args.dataset} has no prompt for --task {args.task} in the "
-                        f"{len(rows)} rows of its {split} split")
+        raise UserError(f"--dataset {args.dataset} has no prompt for --task {args.task} among the "
+                        f"{len(rows)} rows for {split}")
     return prompts
 
 
@@ -1217,20 +1206,21 @@ def load_rows(dataset, split):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path = Path(dataset)
-    with loading(f"cannot load --dataset {dataset} (a hub name, name:config, a .jsonl, .json, "
-                 ".csv, .parquet or .txt file, or a folder of such files)"):
+    with loading(f"cannot load --dataset {dataset} (a hub name, name:config, a folder, or a file "
+                 "such as .jsonl, .csv or .parquet)"):
         if path.is_file():
-            kind = {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:])
+            kind = path.suffix[1:].lower()
+            kind = {"jsonl": "json", "txt": "text"}.get(kind, kind)
             splits = datasets.load_dataset(kind, data_files=dataset)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             splits = datasets.load_from_disk(dataset)
         else:
-            name, _, config = dataset.partition(":")
+            name, _, config = (dataset, "", "") if path.is_dir() else dataset.partition(":")
             splits = datasets.load_dataset(name, config or None)
     splits = splits if isinstance(splits, dict) else {"train": splits}
     names = sorted(splits)
     train = next((s for s in names if s.startswith("train")), names[0] if len(names) == 1 else "")
-    test = next((s for s in names if s.startswith(("test", "validation")) and s != train), "")
+    test = next((s for s in names if s.startswith(("test", "val", "dev")) and s != train), "")
     if not train:
         raise UserError(f"--dataset {dataset} needs a train split, got {', '.join(names)}")
     rows = splits[test if test and split == "test" else train]
@@ -1245,11 +1235,13 @@ def load_rows(dataset, split):
                         f"subreddit and title, got {', '.join(rows.column_names)}")
     for name in needed:
         for i, x in enumerate(rows[name]):
-            chat = name == "prompt" and isinstance(x, list) and x and all(
-                isinstance(m, dict) and isinstance(m.get("content"), str) for m in x)
-            if not isinstance(x, str) and not chat:
+            messages = x if name == "prompt" and isinstance(x, list) and x else [None]
+            if not isinstance(x, str) and not all(
+                    isinstance(m, dict) and isinstance(m.get("role"), str)
+                    and isinstance(m.get("content"), str) for m in messages):
                 raise UserError(f"--dataset {dataset}: {name} must be a text (prompt also a list "
-                                f"of messages), got {str(x)[:60]} in row {i + 1} of {split}")
+                                "of messages with role and content), got "
+                                f"{str(x)[:60]} in row {i + 1} of {split}")
     return rows, column
 
 
@@ -1267,7 +1259,7 @@ def make_prompt(row, column, tokenizer, longest, rng):
         return head + post + tail
     ids = tokenizer(row["text"][:200], add_special_tokens=False)["input_ids"][:rng.randint(2, 8)]
     prompt = tokenizer.decode(ids)
-    # Skip a prefix that ends within a character, or that is not encoded as it was.
+    # Skip a prefix that is not encoded to the same tokens again.
     return prompt if tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids else None
 
 
@@ -1376,7 +1368,7 @@ class ExactToy:
         self.report("π_ref", self.log_ref)
         self.report(f"π_bon, N = {args.N}", self.log_bon)
         if ref_rewards is not None:
-            # Perfect training would reach π* ∝ π_ref·exp(reward / kl_coef).
+            # The optimum of the objective is π* ∝ π_ref·exp(reward / kl_coef).
             reward = torch.stack([terminal_reward(self.rewards, ref, log_p, args)
                                   for ref, log_p in zip(ref_rewards, self.log_ref)])
             optimum = (self.log_ref + reward / max(args.kl_coef, 1e-9)).log_softmax(1)
@@ -1422,7 +1414,6 @@ class ExactToy:
 
 # ========== 9. Command line ======================================================================
 
-
 def setup(args, split="train"):
     """Load the models and the prompts of a split. Resolves "auto" in args. Under torchrun, first
     join the other processes, of which only number 0 prints."""
@@ -1442,7 +1433,8 @@ def setup(args, split="train"):
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     if args.backend == "auto":
-        suits = args.task != "toy" and args.device.startswith("cuda") and WORLD_SIZE == 1
+        suits = (args.task != "toy" and args.device.startswith("cuda") and WORLD_SIZE == 1
+                 and not Path(args.ref, "adapter_config.json").exists())
         args.backend = "vllm" if suits and importlib.util.find_spec("vllm") else "hand"
     task = toy_task(args) if args.task == "toy" else text_task(args, split)
     parameters = sum(p.numel() for p in task.ref.parameters())
@@ -1451,7 +1443,7 @@ def setup(args, split="train"):
     return task
 
 
-# Settings of each task: toy, imdb, tldr, the smallest value, and the help. The training settings of
+# Settings of toy, imdb and tldr; the smallest value, or the choices; the help. Training settings of
 # toy and imdb are ours, the others the paper's. The paper trains imdb with --prefix-critic 0
 # --token-bias-lr 0 --M 200 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant.
 SETTINGS = {
@@ -1478,7 +1470,7 @@ SETTINGS = {
     "lam": (1.0, 0.8, 0.95, 0, "λ of generalized advantage estimation"),
     "value_coef": (1.0, 1.0, 0.2, 0, "weight of the value loss"),
     "lr": (1e-3, 1.25e-4, 3e-6, 1e-30, "learning rate of AdamW"),
-    "lr_schedule": ("linear", "linear", "linear", ("linear", "constant"), "linear decays to 0"),
+    "lr_schedule": ("linear", "linear", "linear", ("linear", "constant"), "linear: ends at 0"),
     "adam_eps": (1e-8, 1e-8, 1e-5, 1e-30, "ε of AdamW"),
     "token_bias_lr": (0.0, 1 / 16, 0.0, 0, "step size of the output bias, 0 (off) to 1"),
     "unfrozen_layers": (-1, 2, 2, -1, "number of top layers to train; -1: all"),
@@ -1510,11 +1502,12 @@ def make_parser(recipes, description, argv=None):
     add("--beta", type=float, help="KL coefficient of rlhf, 1/(N−1) if not given")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, …")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of forward passes and frozen weights")
+        help="precision of forward passes and frozen weights")
     add("--backend", choices=["auto", "hand", "vllm"], default="auto",
         help="sampler of reference samples; auto: vLLM if it is installed and there is a GPU")
     add("--samples", default="samples", help="folder of cached reference samples")
     add("--out", help="folder of the run, a name in runs/ if not given")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--resume", action="store_true", help="continue the run in --out with its settings")
     parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].task, {}))
@@ -1522,8 +1515,8 @@ def make_parser(recipes, description, argv=None):
 
 
 def parse_args(argv=None, parser=None, derive=None):
-    """Parse argv, check ranges, and call derive(args) to set what follows from other flags. With
-    --resume the settings are those of the run's config.json. Other scripts pass their parser."""
+    """Parse argv, check ranges, and call derive(args), which sets dependent settings. With --resume
+    the settings are those of the run's config.json. Other scripts pass a parser and derive."""
     parser, derive = parser or make_parser(RECIPES, __doc__, argv), derive or derive_settings
     args = parser.parse_args(argv)
     for name, (*_, low, _) in (SETTINGS | {"beta": (0, 0)}).items():
@@ -1532,13 +1525,12 @@ def parse_args(argv=None, parser=None, derive=None):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} must be from {low} to {high:g}, got {value}")
     if not args.minibatch <= args.rollouts <= args.episodes:
-        raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, got "
-                        f"{args.minibatch}, {args.rollouts}, {args.episodes}")
+        raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold")
     if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
         raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
     if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
-        raise UserError("--task toy has its own models and prompts and at most 4 tokens: for other "
-                        "ones pass --task imdb")
+        raise UserError("--task toy has its own models and prompts and at most 4 tokens: pass "
+                        "--task imdb for other ones")
     args.N = int(args.N) if args.N == int(args.N) else args.N
     derive(args)
 
@@ -1551,13 +1543,13 @@ def parse_args(argv=None, parser=None, derive=None):
                         "or --resume to continue an unfinished one")
     with loading(f"cannot read {path}"):
         saved = json.loads(path.read_text("utf-8"))
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    for name in saved.keys() - {"device", "samples", "save_every", "resume", "overwrite", "out"}:
-        if getattr(args, name) != saved[name]:
-            raise UserError(f"--resume: {path} has {name} = {saved[name]}, "
-                            f"got {getattr(args, name)}")
-    return args
+    parser.set_defaults(**{k: x for k, x in saved.items() if k != "device"})
+    given = vars(parser.parse_args(argv))
+    free = {k: given[k] for k in ("device", "samples", "save_every", "resume", "overwrite", "out")}
+    for name in saved.keys() - free:
+        if given[name] != saved[name]:
+            raise UserError(f"--resume: {path} has {name} = {saved[name]}, got {given[name]}")
+    return argparse.Namespace(**saved | free)
 
 
 def derive_settings(args):
@@ -1569,10 +1561,12 @@ def derive_settings(args):
         raise UserError("--objective rlhf needs --beta, or N above 1")
     if args.estimator == "smooth" and args.M < 3:
         raise UserError(f"--estimator smooth needs --M of at least 3, got {args.M}")
+    if rlhf and args.beta == 0 and args.token_bias_lr:
+        raise UserError("--beta 0 needs --token-bias-lr 0, because the bias divides by β")
     if (args.objective, args.estimator) == ("bound1", "log_mean"):
         raise UserError("--objective bound1 needs a finite log F: pass --estimator add_one")
     if args.N > args.M and not rlhf and not args.resume:
-        print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, which costs "
+        print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
               f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
     args.kl_coef = args.beta if rlhf else 1 / args.N
     strength = f"beta{args.beta:g}" if rlhf else f"N{args.N}-M{args.M}"
@@ -1581,19 +1575,20 @@ def derive_settings(args):
 
 def run_script(name, parse, run):
     """Call run(parse()) and return the exit code. A user's mistake is printed as one line."""
-    out = None
+    args = None
     for stream in (sys.stdout, sys.stderr):
-        getattr(stream, "reconfigure", dict)(errors="replace")  # a console may lack π
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console may lack π
     try:
         args = parse()
-        out = getattr(args, "out", None)
         run(args)
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        saved = os.path.exists(f"{out}/checkpoint.pt")
-        hint = (f": --resume continues {out} from its last checkpoint" if saved else
+        out = getattr(args, "out", None)
+        hint = (f": --resume continues {out} from its last checkpoint"
+                if os.path.exists(f"{out}/checkpoint.pt") else
                 f": no checkpoint yet, --resume starts {out} again with the cached samples")
         print(f"\n{name}: stopped{hint if out else ''}", file=sys.stderr)
         return 130
