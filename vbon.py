@@ -5,7 +5,7 @@ Best-of-N samples N responses from a language model and returns the one with the
 vBoN fine-tunes the model so that one sample from it is distributed like that best response.
 Paper: Amini, Vieira, Ash, Cotterell, "Variational Best-of-N Alignment", ICLR 2025.
 
-    python vbon.py                                # toy task: no download, exact KL, one minute
+    python vbon.py                                # toy task: no download, exact KL, two minutes
     python vbon.py --task imdb --N 16             # the paper's sentiment task, from the model hub
     python vbon.py --task imdb --ref DIR --reward DIR --dataset DIR    # your own models and data
     python vbon.py --objective rlhf --beta 0.1    # baseline: KL-regularized RL with the same PPO
@@ -114,7 +114,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
       "add_one"   log((k+1) / (M+1)): always finite, as in the authors' code
       "log_mean"  log(k / M): the paper's log of the mean, −inf at k = 0
       "smooth"    −a·exp(−b·r) with a, b of `fit_log_F`
-    The first two use ranks only. To break ties, pass ranks instead of rewards.
+    The first two use ranks only. To break ties, pass ranks without ties.
 
     Args: rewards (...); ref_rewards (..., M) of the same prompts, or (M,) for all of them.
     Returns: log F̂ (...), float64, in nats.
@@ -211,7 +211,7 @@ def mid_ranks(rewards, ref_rewards):
 
 
 def kl_to_bon(kl_to_ref, mean_log_F, N):
-    """KL(π_θ ‖ π_bon) from KL(π_θ ‖ π_ref) and E_{π_θ}[log F], in nats, for p ≪ F, as for real
+    """KL(π_θ ‖ π_bon) in nats from KL(π_θ ‖ π_ref) and E_{π_θ}[log F]. It needs p ≪ F, as for
     text, where log π_bon = log p + log N + (N−1)·log F."""
     return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
 
@@ -324,12 +324,13 @@ def forward(lm, ids, mask, keep, temperature, cache=None):
     hidden, positions = [], (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
 
     def keep_hidden(_, inputs):
-        hidden.append(inputs[0].contiguous())  # faster to multiply than a slice
+        hidden.append(inputs[0].contiguous())  # multiplying a slice is slower
         return hidden[0]
     with lm.get_output_embeddings().register_forward_pre_hook(keep_hidden):
         logits = lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
-    return logits.float() / temperature, hidden[0].float()
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return logits, hidden[0].float()
 
 
 def sample_tokens(logits, uniforms):
@@ -346,7 +347,7 @@ def sample_tokens(logits, uniforms):
 
 @torch.no_grad()
 def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
-    """Sample B responses, the same number to each prompt (token ids). Returns a Rollout.
+    """Sample B responses, equally many per prompt (a list of token ids). Returns a Rollout.
 
     uniforms (B, T): a random number per token, rows grouped by prompt. eos: the token ids that end
     a response. A prompt is read once and its KV cache repeated. Ended responses leave the batch.
@@ -397,9 +398,9 @@ def transformer_layers(lm):
 
 @contextlib.contextmanager
 def frozen_layers(lm, K, output=None):
-    """Yield a list that collects the output of the last frozen layer, the one below the top K, in
-    each pass. With `output`, the frozen layers return that instead and compute nothing. No layer is
-    removed, so that layer indices, masks and positions are the model's own."""
+    """Yield a list that collects, per pass, the output of the layer just below the top K. With
+    `output`, the frozen layers compute nothing and return it. They stay in place, so that layer
+    indices, masks and positions are the model's own."""
     frozen, outputs = list(transformer_layers(lm)[0][:-K]) if K > 0 else [], []
     with contextlib.ExitStack() as stack:
         for layer in frozen if output is not None else []:
@@ -436,9 +437,9 @@ def reference_log_probs(ref, rollout, args):
 
 
 def make_policy(ref, K, own_output=False):
-    """Copy the reference model. Trained, in float32, are the top K layers and what the model lists
-    after them (mostly the final norm), or everything for K = −1. The other tensors are shared with
-    the reference model. own_output: copy the output weight too; for K ≥ 1 only `step_token_bias`
+    """Copy the reference model. K ≥ 1 trains, in float32, the top K layers and what the model lists
+    after them (mostly the final norm), K = −1 everything. The other tensors are shared with the
+    reference model. own_output: copy the output weight too; for K ≥ 1 only `step_token_bias`
     changes it."""
     ref.requires_grad_(False)
     shared = {}
@@ -498,7 +499,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     log_ratio = rollout.log_probs - ref_log_probs
 
     # Score the responses. The terminal reward follows from log F̂, an estimate from the prompt's
-    # reference rewards. This is the only difference between vBoN and KL-regularized RL.
+    # reference rewards. vBoN and KL-regularized RL differ only here.
     scores = torch.tensor(task.score(prompts, responses), dtype=torch.double)
     log_ref = ref_log_probs.cpu().double().sum(1)
     terminal = terminal_reward(scores, ref_rewards, log_ref, args)
@@ -523,7 +524,7 @@ def collect(policy, value_head, task, prompts, ref_rewards, args, generator):
     if ref_rewards.shape[1]:
         metrics["win_rate"] = mid_ranks(scores, ref_rewards) / ref_rewards.shape[1]
         log_bon = log_bon_pmf(estimate_log_F(scores, ref_rewards), log_ref, args.N)
-        metrics["kl_to_bon"] = log_pi - log_bon  # noisy; too low where F̂ + p > 1
+        metrics["kl_to_bon"] = log_pi - log_bon  # noisy; π_bon > 1 if F̂ + p > 1
     return rollout, {f"objective/{name}": x.mean().item() for name, x in metrics.items()} | {
         "time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
 
@@ -598,7 +599,8 @@ def train(args):
         for iteration in range(done, iterations):
             decay = 1 - iteration / iterations if args.lr_schedule == "linear" else 1
             optimizer.param_groups[0]["lr"] = args.lr * decay
-            generator.manual_seed((args.seed * iterations + iteration) * WORLD_SIZE + RANK)
+            seed = (args.seed * iterations + iteration) * WORLD_SIZE + RANK
+            generator.manual_seed(seed % 2 ** 63)
 
             # Each process takes its share of the prompts.
             rows = list(itertools.islice(order, args.rollouts))[RANK::WORLD_SIZE]
@@ -730,9 +732,8 @@ def save_run(args, task, policy, result):
     rows = [*map(json.loads, Path(args.out, "metrics.jsonl").read_text("utf-8").splitlines())]
     last = rows[-max(1, len(rows) // 16):]
     means = {k: np.mean([row[k] for row in last if k in row]) for k in last[-1] if "/" in k}
-    exact = {k: x for k, x in last[-1].items() if k.startswith("exact")}
     settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
-    result = settings | means | exact | result
+    result = settings | means | result
     atomic_write(f"{args.out}/result.json", json.dumps(result, indent=2) + "\n")
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
     print(f"means over the last sixteenth of training: {summary(means)}")
@@ -743,9 +744,9 @@ def save_run(args, task, policy, result):
 # ========== 5. Beyond the paper: prefix critic and token bias ====================================
 
 def score_prefixes(task, prompts, rollout, ref_rewards, every):
-    """Score the partial response after every `every` tokens. Returns the scores' ranks as normal
-    quantiles, u = Φ⁻¹((k + ½) / (M + 1)) (B, T), where k is the mid-rank among the prompt's M
-    reference rewards (B, M), and 0 where nothing is scored."""
+    """Score the first t tokens of each response for t = every, 2·every, … Returns the scores' ranks
+    as normal quantiles, u[:, t] = Φ⁻¹((k + ½) / (M + 1)), (B, T), where k is the mid-rank among the
+    prompt's M reference rewards (B, M), and 0 where nothing is scored."""
     tokens, u = token_lists(rollout), torch.zeros(rollout.mask.shape, dtype=torch.double)
     cuts = [(b, t) for b, ids in enumerate(tokens) for t in range(every, len(ids), every)]
     if cuts:
@@ -762,7 +763,7 @@ def prefix_values(u, rewards, mask, every, total=lambda x: x):
     """Values (B, T) from scores of partial responses: one ridge regression per block of `every`
     tokens. The return at the first token of a block is regressed on (1, u, u², u³) over the
     responses that reach it. Every token of the block gets the fitted value, 0 where the mask is 0.
-    The fit sees the returns that it is a baseline of, so the gradient has a small bias.
+    The fit sees the returns that its values are subtracted from, which adds a small gradient bias.
 
     Args: u of `score_prefixes`, rewards, mask, all (B, T); total sums a tensor over processes.
     """
@@ -780,10 +781,10 @@ def prefix_values(u, rewards, mask, every, total=lambda x: x):
 
 @torch.no_grad()
 def step_token_bias(weight, hidden, rollout, counts, step, kl_coef):
-    """One natural-gradient step on a bias of the logits, one number per token of the vocabulary:
-    the sum of a token's advantages over its count. A plain gradient moves frequent tokens too much,
-    which costs more KL for the same reward. The bias is added to the output weight (V, H) as
-    bias·vᵀ, where v solves hidden·v = 1, exactly if a LayerNorm computes hidden.
+    """One natural-gradient step on a bias of the logits (V,): a token's summed advantages over its
+    count and kl_coef. A plain gradient moves frequent tokens too much, which costs more KL for the
+    same reward. The output weight (V, H) gets bias·vᵀ, where hidden·v = 1 by least squares (exact
+    after a LayerNorm).
 
     Args: hidden (n, H), the output layer's inputs; counts (V,), a running mean of how often each
     token is sampled, updated in place; step, 0 to 1.
@@ -794,7 +795,7 @@ def step_token_bias(weight, hidden, rollout, counts, step, kl_coef):
     n = all_sum(torch.bincount(tokens, minlength=len(counts)).double())
     counts.lerp_(n, step if counts.any() else 1.0)
     bias = sums / kl_coef / (counts / step + 20)  # + 20: rare tokens, whose sums are noisy
-    # Limit the step to 0.005 nats per token. Without a limit it diverges for a large N.
+    # Limit its KL to 0.005 nats per token. Without a limit it diverges for a large N.
     nats = 0.5 * (counts * bias ** 2).sum() / counts.sum()
     bias *= (0.005 / nats).sqrt().clamp(max=1.0)
 
@@ -812,14 +813,14 @@ def reference_samples(task, args, tokens=False):
     of token ids."""
     folder, header = samples_folder(task, args)
     columns, path = ("rewards", "tokens") if tokens else ("rewards",), folder / "header.json"
-    converted = path.exists() and "converted" in path.read_text("utf-8")
+    converted = path.exists() and "converted" in json.loads(path.read_text("utf-8"))
     samples = read_samples(folder, ("rewards",) if converted else columns)
     prompts = {json.dumps(p): p for p in task.prompts}
     have = {key: len(samples.get(key, {}).get("rewards", ())) for key in prompts}
     missing = {key: p for key, p in prompts.items() if have[key] < args.M}
     if converted and (missing or tokens):
-        raise UserError(f"{folder} has converted rewards without tokens, for some prompts only "
-                        f"{min(have.values())}: convert again, or pass another --samples or --M")
+        raise UserError(f"{folder} was converted, without tokens and with {min(have.values())} "
+                        "rewards for a prompt: convert again, or pass another --samples or --M")
     if missing and RANK == 0:
         atomic_write(path, header)
         sample_missing(task, args, missing, have, folder)
@@ -883,11 +884,11 @@ def sample_missing(task, args, missing, have, folder):
 
 
 def sample_by_hand(task, args, prompts, seeds, start):
-    """Generate samples number start to M of each prompt. Returns lists of token ids."""
+    """Generate samples start to M − 1 of each prompt. Returns lists of token ids."""
     shape, tokens = (args.M, args.max_new_tokens), []
     uniforms = [np.random.default_rng(seed).random(shape, np.float32)[start:] for seed in seeds]
     rows = torch.from_numpy(np.concatenate(uniforms)).to(args.device)
-    for part in rows.split(args.sample_batch):  # several parts only if one prompt has a large M
+    for part in rows.split(args.sample_batch):  # several parts only if M > --sample-batch
         with autocast(args):
             rollout = generate(task.ref, prompts, part, task.eos, args.temperature)
         tokens += token_lists(rollout)
@@ -979,8 +980,8 @@ def text_task(args, split):
         lengths = [len(encode(p)) for p in prompts]
     for prompt, length in zip(prompts, lengths):
         if not 0 < length <= room:
-            raise UserError(f"a prompt must have a token, and with --max-new-tokens at most "
-                            f"{positions}, the longest text of --ref, got {length} + "
+            raise UserError("a prompt needs a token, and with --max-new-tokens at most "
+                            f"{positions} (the limit of --ref), got {length} + "
                             f"{args.max_new_tokens} tokens for {str(prompt)[:60]!r}")
     check_sampler(ref, eos, args, max(lengths) + args.max_new_tokens)
     return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
@@ -1099,7 +1100,7 @@ def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
         complete = [responses[i].removesuffix(end) for i in rows]
         with loading(f"--reward {name}"):
             rewards = compute([prompts[i] for i in rows], complete) if rows else []
-            rewards = np.array(rewards, dtype=float)
+            rewards = np.asarray(rewards, dtype=float)
         if rewards.shape != (len(rows),):
             raise UserError(f"--reward {name} must return {len(rows)} numbers for {len(rows)} "
                             f"responses, got the shape {rewards.shape}")
@@ -1140,7 +1141,7 @@ def load_classifier(name, device, end, dtype):
 
     adds_bos, adds_eos = added_tokens(tokenizer)
     if tokenizer.pad_token is None:
-        # Causal classifiers read the last token that is not padding, which may be EOS.
+        # Causal classifiers read the last token that is not padding. EOS is no padding if read.
         not_eos = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
         reads_eos = end or adds_eos or not tokenizer.eos_token
         tokenizer.pad_token = not_eos if reads_eos else tokenizer.eos_token
@@ -1172,7 +1173,7 @@ def load_classifier(name, device, end, dtype):
         for tokenizer.padding_side in ("right", "left"):
             alone = [compute([""], [text])[0] for text in texts]
             error = np.subtract(compute(["", ""], texts), alone)
-            if not np.abs(error).max() >= TOLERANCE[dtype]:  # NaN is refused with its response
+            if not np.abs(error).max() >= TOLERANCE[dtype]:  # `score` refuses NaN
                 return compute, f"{model_id}, {reading}"
     raise UserError(f"--reward {name} cannot be used, the reward of a text changes by "
                     f"{np.abs(error).max():.2g} with the other texts of its batch")
@@ -1340,9 +1341,10 @@ def toy_reference(data_seed):
 def toy_task(args):
     """The toy: its reference model, `warmth` as the reward, and one prompt per noun."""
     lm, tokenizer = toy_reference(args.data_seed)
+    prompts = [f"the {noun} was" for noun in KINDNESS][:args.train_prompts]
     return Task(copy.deepcopy(lm).to(args.device), tokenizer, lambda _, ys: [warmth(y) for y in ys],
-                functools.cache(tokenizer.encode), [f"the {noun} was" for noun in KINDNESS],
-                "train", hash_model(lm, tokenizer), "warmth", [tokenizer.eos_token_id])
+                functools.cache(tokenizer.encode), prompts, "train", hash_model(lm, tokenizer),
+                "warmth", [tokenizer.eos_token_id])
 
 
 class ExactToy:
@@ -1394,7 +1396,7 @@ class ExactToy:
 
     def metrics(self, log_pi):
         """Exact metrics of a policy, log_pi (P, S), means over prompts."""
-        pi, beaten = log_pi.exp(), self.log_F.exp() + self.log_ref.exp() / 2  # a tie counts half
+        pi, beaten = log_pi.exp(), self.log_F.exp() + self.log_ref.exp() / 2  # y itself counts half
 
         def mean(x):  # E_π[x] over responses, then the mean over prompts; 0 log 0 = 0
             return torch.where(pi == 0, 0.0, pi * x).sum(1).mean().item()
@@ -1427,6 +1429,8 @@ def setup(args, split="train"):
         if WORLD_SIZE > 1 and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(0, device=args.device).device)
+    if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
+        raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=7))  # process 0 may sample for hours
         if RANK > 0:
@@ -1447,7 +1451,7 @@ def setup(args, split="train"):
 # toy and imdb are ours, the others the paper's. The paper trains imdb with --prefix-critic 0
 # --token-bias-lr 0 --M 200 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant.
 SETTINGS = {
-    "N": (16.0, 16.0, 100.0, 1, "N of Best-of-N, any real number"),
+    "N": (16.0, 16.0, 100.0, 1, "N of Best-of-N, a real number of at least 1"),
     "M": (200, 32, 200, 1, "number of reference samples per training prompt"),
     "estimator": ("add_one", "add_one", "smooth", ESTIMATORS, "estimator of log F"),
     "ref": (None, "lvwerra/gpt2-imdb", "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr", None,
@@ -1460,7 +1464,7 @@ SETTINGS = {
     "train_prompts": (4, 5000, 5000, 1, "number of training prompts"),
     "max_new_tokens": (4, 40, 53, 1, "longest response, in tokens"),
     "temperature": (1.0, 1.0, 0.7, 1e-3, "sampling temperature of π_ref and π_θ"),
-    "no_eos_reward": (None, None, -1.0, None, "reward of a response without EOS"),
+    "no_eos_reward": (None, None, -1.0, -1e18, "reward of a response without EOS"),
     "episodes": (163_840, 80_000, 10_000, 1, "total number of responses to train on"),
     "rollouts": (2048, 128, 32, 1, "responses per iteration"),
     "minibatch": (256, 32, 32, 1, "responses per gradient step"),
@@ -1504,7 +1508,7 @@ def make_parser(recipes, description, argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="precision of forward passes and frozen weights")
     add("--backend", choices=["auto", "hand", "vllm"], default="auto",
-        help="sampler of reference samples; auto: vLLM if it is installed and there is a GPU")
+        help="sampler of reference samples; auto: vLLM if installed, on one GPU")
     add("--samples", default="samples", help="folder of cached reference samples")
     add("--out", help="folder of the run, a name in runs/ if not given")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -1526,8 +1530,6 @@ def parse_args(argv=None, parser=None, derive=None):
             raise UserError(f"{flag} must be from {low} to {high:g}, got {value}")
     if not args.minibatch <= args.rollouts <= args.episodes:
         raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold")
-    if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
-        raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
     if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
         raise UserError("--task toy has its own models and prompts and at most 4 tokens: pass "
                         "--task imdb for other ones")

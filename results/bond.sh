@@ -1,12 +1,9 @@
 #!/usr/bin/env bash
 # BOND and vBoN on the toy with equal episodes, for results/bond.*, results/bond-curves.csv and
 # figures/bond.png. BOND should pass through Best-of-2, of-4, of-8, … 13 runs of up to two minutes
-# on one core. With the folders of small models BOND is also trained on imdb, as the other methods
-# in results/imdb-near.sh, for results/bond-imdb.*: 3 runs of about 15 minutes. Arguments are added
-# to each of these 3 runs.
+# on one core.
 #
 #   results/bond.sh
-#   REF=DIR REWARD=DIR IMDB=DIR results/bond.sh
 set -eo pipefail
 cd "$(dirname "$0")/.."
 out=sweeps/bond
@@ -28,9 +25,6 @@ runs=$(echo $out/bond-* $out/vbon-*)
 python evaluate.py $runs --csv results/bond.csv | tee results/bond.txt
 python results/curves.py $runs --figures $out
 mv $out/toy.png figures/bond.png
-# The excess KL of all methods, with the runs of results/toy.sh.
-python evaluate.py sweeps/toy/* $out/bond-* --figures $out
-mv $out/toy-excess.png figures/toy-excess.png
 python - $runs >results/bond-curves.csv <<'PYTHON'
 import json, os, sys
 keys = ["kl_to_ref", "kl_to_bon", "effective_N", "excess_kl"]
@@ -41,14 +35,3 @@ for folder in sys.argv[1:]:
             values = [f"{m['exact/' + key]:.4f}" for key in keys]
             print(os.path.basename(folder), m["episode"], *values, sep=",")
 PYTHON
-
-[ -n "$REF$REWARD$IMDB" ] || exit 0
-: "${REF:?is not set: name the folder of the reference model}"
-: "${REWARD:?is not set: name the folder of the reward model}"
-: "${IMDB:?is not set: name the folder of the reviews}"
-for s in 0 1 2; do
-    echo "python bon_baselines.py bond --episodes 10240 --seed $s --resume" \
-         "--out $out-imdb/bond-seed$s"
-done | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" \
-    --train-prompts 256 "$@"
-python evaluate.py $out-imdb/* --csv results/bond-imdb.csv | tee results/bond-imdb.txt

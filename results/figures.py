@@ -3,6 +3,8 @@
 
     python results/figures.py
 
+Until results/imdb.sh is complete, results/imdb-near.csv, of commit 6d2cae6, stands for imdb.csv.
+
 A point is a method at one setting: the mean over seeds, with the standard error over seeds, or over
 prompts if there is one seed.
 """
@@ -28,6 +30,11 @@ LABELS = {"vbon": "N = 16", "vbon-N16-M200": "N = 16", "vbon-N16-M2000": "N = 16
           "rlhf-beta0.03": "β = 0.03", "rlhf-beta0.05": "β = 0.05", "dpo": "β = 0.1",
           "dpo-beta0.1": "β = 0.1", "bon-sft": "N = 16", "bon-sft-N16": "N = 16",
           "bonbon": "N = 16", "bonbon-N16": "N = 16"}
+OLD_NAMES = {"vbon-head": "paper", "vbon-nobias": "critic-only"}  # of imdb-near.csv
+# Places of labels that would overlap, in points from the point.
+PLACES = {"vbon": (-14, 9), "vbon-N16-M200": (-36, 8), "vbon-N64-M200": (-44, 6), "vbon-N64": (-44, 6),
+          "rlhf-beta0.05": (-52, -4), "paper": (8, -3), "vbon-long": (8, -12),
+          "vbon-N16-M2000": (8, 6)}
 # Settings of vBoN that the first figure leaves out, and marks of the second one.
 DETAILS = {"vbon-N16-M2000", "vbon-long", "critic-only", "bias-only"}
 MARKS = {"vbon-N4": "v", "vbon-N64": "^", "vbon-N64-M200": "^", "paper": "s", "critic-only": "D",
@@ -36,13 +43,13 @@ MARKS = {"vbon-N4": "v", "vbon-N64": "^", "vbon-N64-M200": "^", "paper": "s", "c
 
 def read_points(task):
     """Read a CSV file: {name of the setting: (method, {metric: (mean, standard error)})}."""
-    groups = {}
-    with open(HERE / f"{task}.csv", encoding="utf-8") as file:
+    groups, path = {}, HERE / f"{task}.csv"
+    with open(path if path.exists() else HERE / "imdb-near.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = re.sub(r"-seed\d+$", "", Path(row["run"]).name)
-            groups.setdefault(name, []).append(row)
+            groups.setdefault(OLD_NAMES.get(name, name), []).append(row)
     points = {}
-    for name, rows in groups.items():
+    for name, rows in [(name, rows) for name, rows in groups.items() if name in LABELS]:
         metrics = {}
         for key in evaluate.METRICS:
             column = "exact/" + key if task == "toy" else key
@@ -55,18 +62,21 @@ def read_points(task):
 
 
 def plot_points(axes, points, x, y, marks):
-    """Plot the points with their error bars and labels. Colors are the methods'."""
+    """Plot the points with their error bars. Colors are the methods'. The settings of vBoN and PPO
+    stand beside the points, those of the other methods in the legend."""
     colors = {method: f"C{i}" for i, method in enumerate(evaluate.METHODS.values())}
     colors["BoN"] = "black"
     seen = set()
     for name, (method, metrics) in points.items():
         (a, a_error), (b, b_error) = metrics[x], metrics[y]
+        one_setting = method not in ("vBoN", "PPO")
+        label = f"{method}, {LABELS[name]}" if one_setting and LABELS[name] else method
         axes.errorbar(a, b, b_error, a_error, fmt=marks.get(name, "o"), color=colors[method],
-                      ms=6, lw=1, label=None if method in seen else method)
+                      ms=6, lw=1, label=None if method in seen else label)
         seen.add(method)
-        if LABELS[name]:
-            axes.annotate(LABELS[name], (a, b), xytext=(6, -10), textcoords="offset points",
-                          fontsize=9, color=colors[method])
+        if not one_setting:
+            axes.annotate(LABELS[name], (a, b), xytext=PLACES.get(name, (7, -10)),
+                          textcoords="offset points", fontsize=9, color=colors[method])
 
 
 def plot_win_rate(path, tasks):
@@ -75,7 +85,7 @@ def plot_win_rate(path, tasks):
         for axes, (task, points) in zip(panels, tasks.items()):
             points = {name: p for name, p in points.items() if name not in DETAILS}
             plot_points(axes, points, "kl_to_ref", "win_rate", {})
-            high = 1.12 * max(metrics["kl_to_ref"][0] for _, metrics in points.values())
+            high = 1.15 * max(metrics["kl_to_ref"][0] for _, metrics in points.values())
             Ns = [1.05 ** i for i in range(200) if vbon.bon_kl(1.05 ** i) <= high]
             axes.plot([*map(vbon.bon_kl, Ns)], [*map(vbon.bon_win_rate, Ns)], color="black", lw=1,
                       label="Best-of-N, exact")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# imdb with small models: every method, for results/imdb.* and figures/imdb-*.png, and with a second
-# reward model for results/imdb-second.*:
+# imdb with small models: every method, for results/imdb.*, and with a second reward model for
+# results/imdb-second.*:
 #   - vBoN for N = 4, 16 and 64, its bound L, and PPO on the reward at two β;
 #   - the paper's algorithm, and each of the two additions alone;
 #   - the baselines at the best of three settings each, and Best-of-16 itself;
@@ -44,6 +44,6 @@ for method in $METHODS; do
 done | results/run_jobs.sh --task imdb --ref "$REF" --reward "$REWARD" --dataset "$IMDB" \
     --train-prompts 256 "$@"
 
-python evaluate.py $out/* --figures figures --csv results/imdb.csv | tee results/imdb.txt
+python evaluate.py $out/* --csv results/imdb.csv | tee results/imdb.txt
 python evaluate.py $out/* --reward "$OTHER_REWARD" --csv results/imdb-second.csv |
     tee results/imdb-second.txt

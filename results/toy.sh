@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Toy task: every method, for results/toy.*, results/toy-curves.csv and figures/toy*.png. vBoN at
-# two M and two N with five seeds, the other methods with three: PPO at three β, and the baselines at
-# the settings that were closest to Best-of-16 in results/sweep-paper.sh.
-# 36 runs of about two minutes on one core. Arguments are added to every run.
+# Toy task: every method, for results/toy.* and figures/toy.png. vBoN at two M and two N with five
+# seeds, the other methods with three: PPO at three β, and the baselines at the settings that were
+# closest to Best-of-16 in results/sweep-paper.sh. 36 runs of two to four minutes on one core.
+# Arguments are added to every run.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 out=sweeps/toy
@@ -26,5 +26,5 @@ out=sweeps/toy
     done
 } | results/run_jobs.sh --task toy "$@"
 
-python evaluate.py $out/* --figures figures --csv results/toy.csv | tee results/toy.txt
+python evaluate.py $out/* --csv results/toy.csv | tee results/toy.txt
 python results/curves.py $out/vbon-N16-M200-* $out/rlhf-* --figures figures
