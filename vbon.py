@@ -1429,9 +1429,9 @@ def setup(args, split="train"):
         if WORLD_SIZE > 1 and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(0, device=args.device).device)
-    if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
-        raise UserError(f"--rollouts and --minibatch must be multiples of {WORLD_SIZE} processes")
     if WORLD_SIZE > 1 and not dist.is_initialized():
+        if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
+            raise UserError(f"--rollouts and --minibatch must divide by {WORLD_SIZE} processes")
         dist.init_process_group(timeout=timedelta(days=7))  # process 0 may sample for hours
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
