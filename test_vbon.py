@@ -1252,7 +1252,7 @@ def test_two_processes_train_one_policy(models, extras):
                        save_every=1, sample_batch=10, **extras))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with mock.patch.object(vbon, "WORLD_SIZE", 2):
-        refused("--rollouts and --minibatch must be multiples of 2", *argv, "--minibatch", 3)
+        refused("--rollouts and --minibatch must divide by 2", *argv, "--minibatch", 3)
     if extras:
         killed = start(WATCH, *argv, launcher=torchrun, KILL="1")
         assert killed.communicate(timeout=600) and killed.returncode
