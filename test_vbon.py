@@ -499,10 +499,11 @@ def flags(**settings):
 def call(*argv, script=vbon, code=0, **settings):
     """Call a script's main in this process. Returns stdout, or stderr if the exit code is not 0."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    name = mock.patch.object(sys, "argv", [script.__file__])  # of which argparse takes the name
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), name:
         try:
             found = script.main([*map(str, argv), *flags(**settings)])
-        except SystemExit as stop:  # --help
+        except SystemExit as stop:  # of argparse
             found = stop.code
     assert found == code, err.getvalue()
     return err.getvalue() if code else out.getvalue()
@@ -726,7 +727,7 @@ def test_a_stopped_run_is_resumed_with_its_settings_and_models_only(toy_runs):
     torch.save(torch.load("run/checkpoint.pt") | {"ref": "another"}, other)
     refused("--overwrite", *argv)
     for name, value in dict(lr=0.01, N=8, estimator="log_mean", objective="rlhf").items():
-        refused(f", got {value}", "--resume", out="run", **{name: value})
+        refused(f"got {{'{name}': {value!r}", "--resume", out="run", **{name: value})
     for name, damage, word in (
             ("checkpoint.pt", b"", "checkpoint.pt"), ("config.json", b"\xff\xfe{}", "config.json"),
             ("checkpoint.pt", before["checkpoint.pt"][:-1000], "checkpoint.pt"),
@@ -1741,7 +1742,7 @@ ERRORS = {
         "--task chess": "toy", "--nonsense": "--nonsense", "--objective rlhf --N 1": "--beta",
         "--ref gpt2": "--task imdb", "--minibatch 4096": "--rollouts", "--device cuda:7": "cuda:7",
         "--unfrozen-layers 7": "from 1 to 2", "--max-new-tokens 6": "at most", "--out file": "file",
-        "--M 2 --estimator smooth": "--M", "--objective bound1 --estimator log_mean": "add_one",
+        "--objective rlhf --beta 0": "--beta",
         "MODELS --ref cut": "cut", "MODELS --ref bare": "lacks", "MODELS --ref no/such": "--ref",
         "MODELS --ref other/ref": "EOS", "MODELS --reward other/reward": "two labels",
         "MODELS --reward ref": "lacks", "MODELS --ref gpt2": "output layer",

@@ -33,6 +33,7 @@ prompts, M reference samples per prompt, B responses, T response tokens, L promp
 size H, vocabulary V. K is the number of trained layers. Equation numbers are the paper's.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import functools
@@ -637,7 +638,7 @@ def average_gradients(parameters):
 def check_finite(parameters):
     """Raise UserError if a weight is not finite."""
     if not sum(p.detach().square().sum() for p in parameters).isfinite():
-        raise UserError("the weights are no longer finite: pass a smaller --lr")
+        raise UserError("the weights are no longer finite: pass a smaller --lr, or --estimator add_one")
 
 
 def shuffled(items, seed, skip=0):
@@ -812,23 +813,16 @@ def reference_samples(task, args, tokens=False):
     They are seeded by the prompt, its split and --data-seed. tokens: also return P lists of M lists
     of token ids."""
     folder, header = samples_folder(task, args)
-    columns, path = ("rewards", "tokens") if tokens else ("rewards",), folder / "header.json"
-    converted = path.exists() and "converted" in json.loads(path.read_text("utf-8"))
-    samples = read_samples(folder, ("rewards",) if converted else columns)
-    prompts = {json.dumps(p): p for p in task.prompts}
-    have = {key: len(samples.get(key, {}).get("rewards", ())) for key in prompts}
-    missing = {key: p for key, p in prompts.items() if have[key] < args.M}
-    if converted and (missing or tokens):
-        raise UserError(f"{folder} was converted, without tokens and with {min(have.values())} "
-                        "rewards for a prompt: convert again, or pass another --samples or --M")
+    columns = ("rewards", "tokens") if tokens else ("rewards",)
+    samples, keys = read_samples(folder, columns), [json.dumps(p) for p in task.prompts]
+    cached = {key: min(map(len, samples[key].values())) for key in keys}
+    missing = {key: n for key, n in cached.items() if n < args.M}
     if missing and RANK == 0:
-        atomic_write(path, header)
-        sample_missing(task, args, missing, have, folder)
+        sample_missing(task, args, missing, folder, header)
     all_sum(0)  # the other processes wait
     samples = read_samples(folder, columns) if missing else samples
-    found = [[samples[json.dumps(p)][name][:args.M] for p in task.prompts] for name in columns]
-    found[0] = torch.tensor(found[0], dtype=torch.double)
-    return found if tokens else found[0]
+    rewards = torch.tensor([samples[key]["rewards"][:args.M] for key in keys], dtype=torch.double)
+    return (rewards, [samples[key]["tokens"][:args.M] for key in keys]) if tokens else rewards
 
 
 def samples_folder(task, args):
@@ -842,32 +836,36 @@ def samples_folder(task, args):
 
 def read_samples(folder, columns=("rewards",)):
     """Read a samples folder: {prompt as JSON: {column: its samples in order}}."""
-    samples = {}
+    samples = collections.defaultdict(lambda: {name: [] for name in columns})
     for path in sorted(Path(folder).glob("*.jsonl")):
         with loading(f"cannot read {path} (remove it to generate its samples again)"):
             for row in map(json.loads, path.open(encoding="utf-8")):
-                known = samples.setdefault(json.dumps(row["prompt"]), {c: [] for c in columns})
+                known = samples[json.dumps(row["prompt"])]
                 new = len(known[columns[0]]) - row["start"]  # files of two runs may overlap
                 for name in columns if new >= 0 else ():
                     known[name] += row[name][new:]
     return samples
 
 
-def sample_missing(task, args, missing, have, folder):
-    """Generate, score and cache samples. missing: {key: prompt}, have: {key: number cached}. Each
-    batch is one atomic write. A resumed run repeats whole batches, so that rounding is the same."""
-    sample, stop, size = sample_by_hand, None, args.sample_batch
-    if args.backend == "vllm":
-        (sample, stop), size = vllm_sampler(task, args), 16_384
-    size = max(1, size // args.M)
-    order = sorted(missing, key=lambda key: (have[key], len(task.encode(missing[key])), key))
+def sample_missing(task, args, missing, folder, header):
+    """Generate, score and cache samples. missing: {prompt as JSON: number cached}. Each batch is
+    one atomic write. A resumed run repeats whole batches, so that rounding is the same."""
+    path = folder / "header.json"
+    if path.exists() and "converted" in path.read_text("utf-8"):
+        raise UserError(f"{folder} was converted and has no tokens or too few rewards: convert it "
+                        "again, or pass another --samples or --M")
+    atomic_write(path, header)
     flags = "--M or --train-prompts" if task.split == "train" else "--test-M or --test-prompts"
-    total = sum(args.M - have[key] for key in missing)
-    print(f"reference samples: {total:,} to generate, {args.M} for each of {len(have):,} prompts "
-          f"(a smaller {flags} reduces them)")
+    print(f"reference samples: {args.M * len(missing) - sum(missing.values()):,} to generate, "
+          f"{args.M} for each of {len(missing):,} prompts (a smaller {flags} reduces them)")
+
+    vllm = args.backend == "vllm"
+    sample, stop = vllm_sampler(task, args) if vllm else (sample_by_hand, lambda: None)
+    size = max(1, (16_384 if vllm else args.sample_batch) // args.M)
+    order = sorted(missing, key=lambda key: (missing[key], len(task.encode(json.loads(key))), key))
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     for keys in tqdm(batches, desc="reference samples", unit="batch"):
-        prompts, start = [missing[key] for key in keys], have[keys[0]]  # the smallest of the batch
+        prompts, start = [*map(json.loads, keys)], missing[keys[0]]  # the smallest of the batch
         names, n = [f"{args.data_seed} {task.split} {p}".encode() for p in prompts], args.M - start
         seeds = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
         tokens = sample(task, args, [task.encode(p) for p in prompts], seeds, start)
@@ -879,8 +877,7 @@ def sample_missing(task, args, missing, have, folder):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         name = f"{start:06}-{args.M:06}-{sum(seeds) % 2 ** 64:016x}.jsonl"
         atomic_write(folder / name, "".join(lines))
-    if stop:
-        stop()  # training needs the memory
+    stop()  # training needs the memory
 
 
 def sample_by_hand(task, args, prompts, seeds, start):
@@ -1417,8 +1414,8 @@ class ExactToy:
 # ========== 9. Command line ======================================================================
 
 def setup(args, split="train"):
-    """Load the models and the prompts of a split. Resolves "auto" in args. Under torchrun, first
-    join the other processes, of which only number 0 prints."""
+    """Load the models and the prompts of a split, and resolve "auto" in args. Under torchrun, join
+    the other processes first."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB, mapped faster
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -1429,21 +1426,18 @@ def setup(args, split="train"):
         if WORLD_SIZE > 1 and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         args.device = str(torch.empty(0, device=args.device).device)
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        if args.rollouts % WORLD_SIZE or args.minibatch % WORLD_SIZE:
-            raise UserError(f"--rollouts and --minibatch must divide by {WORLD_SIZE} processes")
+    if WORLD_SIZE > 1:
         dist.init_process_group(timeout=timedelta(days=7))  # process 0 may sample for hours
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
-            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    if RANK > 0:  # only process 0 prints
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     if args.backend == "auto":
         suits = (args.task != "toy" and args.device.startswith("cuda") and WORLD_SIZE == 1
                  and not Path(args.ref, "adapter_config.json").exists())
         args.backend = "vllm" if suits and importlib.util.find_spec("vllm") else "hand"
     task = toy_task(args) if args.task == "toy" else text_task(args, split)
-    parameters = sum(p.numel() for p in task.ref.parameters())
-    print(f"{args.task}: reference model with {parameters:,} parameters on {args.device}, "
-          f"{len(task.prompts):,} {task.split} prompts")
+    print(f"{args.task}: reference model with {task.ref.num_parameters():,} parameters on "
+          f"{args.device}, {len(task.prompts):,} {task.split} prompts")
     return task
 
 
@@ -1464,14 +1458,14 @@ SETTINGS = {
     "train_prompts": (4, 5000, 5000, 1, "number of training prompts"),
     "max_new_tokens": (4, 40, 53, 1, "longest response, in tokens"),
     "temperature": (1.0, 1.0, 0.7, 1e-3, "sampling temperature of π_ref and π_θ"),
-    "no_eos_reward": (None, None, -1.0, -1e18, "reward of a response without EOS"),
+    "no_eos_reward": (None, None, -1.0, None, "reward of a response without EOS"),
     "episodes": (163_840, 80_000, 10_000, 1, "total number of responses to train on"),
     "rollouts": (2048, 128, 32, 1, "responses per iteration"),
     "minibatch": (256, 32, 32, 1, "responses per gradient step"),
     "ppo_epochs": (2, 1, 4, 1, "passes over the responses of an iteration"),
     "prefix_critic": (0, 2, 0, 0, "tokens between two reward-model scores of a partial response, "
                                   "which give the values; 0: a value head, as in the paper"),
-    "lam": (1.0, 0.8, 0.95, 0, "λ of generalized advantage estimation"),
+    "lam": (1.0, 0.8, 0.95, 0, "λ of generalized advantage estimation, at most 1"),
     "value_coef": (1.0, 1.0, 0.2, 0, "weight of the value loss"),
     "lr": (1e-3, 1.25e-4, 3e-6, 1e-30, "learning rate of AdamW"),
     "lr_schedule": ("linear", "linear", "linear", ("linear", "constant"), "linear: ends at 0"),
@@ -1488,18 +1482,13 @@ RECIPES = {task: {name: row[i] for name, row in SETTINGS.items()}
 
 def make_parser(recipes, description, argv=None):
     """A parser with the defaults of the task in argv, to which the caller can add flags."""
-    def error(message):
-        raise UserError(message)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="toy")
     parser = argparse.ArgumentParser(
-        description=" ".join(description.split("\n\n")[:2]), allow_abbrev=False,
-        conflict_handler="resolve", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, first.error, parser.error = parser.add_argument, error, error
-
-    add("--task", choices=list(recipes), default="toy", help="toy (exact KL), imdb or tldr")
-    add("--objective", choices=OBJECTIVES, default="vbon",
-        help="vbon (Eq. 5), its lower bounds, or rlhf: reward − β·KL")
+        description=description.partition("\n\n")[0], usage=argparse.SUPPRESS, add_help=False,
+        allow_abbrev=False, conflict_handler="resolve",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=recipes, default="toy", help="toy (exact KL), imdb or tldr")
+    add("--objective", choices=OBJECTIVES, default="vbon", help="rlhf maximizes reward − β·KL")
     for name, (*_, value, low, help) in SETTINGS.items():
         add("--" + name.replace("_", "-"), type=type(value), help=help,
             choices=low if isinstance(low, tuple) else None)
@@ -1511,28 +1500,45 @@ def make_parser(recipes, description, argv=None):
         help="sampler of reference samples; auto: vLLM if installed, on one GPU")
     add("--samples", default="samples", help="folder of cached reference samples")
     add("--out", help="folder of the run, a name in runs/ if not given")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--resume", action="store_true", help="continue the run in --out with its settings")
-    parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].task, {}))
+    start = parser.add_mutually_exclusive_group().add_argument
+    start("--overwrite", action="store_true", help="replace the run in --out")
+    start("--resume", action="store_true", help="continue the run in --out with its settings")
+    parser.set_defaults(**recipes[parser.parse_known_args(argv)[0].task])
+    add("-h", "--help", action="help", help="show the flags and the defaults of --task")
     return parser
 
 
-def parse_args(argv=None, parser=None, derive=None):
+def derive_settings(args):
+    """Set --beta, the KL coefficient and --out, which depend on other settings."""
+    rlhf = args.objective == "rlhf"
+    if args.beta is None and args.N > 1:
+        args.beta = 1 / (args.N - 1)
+    if rlhf and not 0 < (args.beta or 0) < math.inf:
+        raise UserError(f"--objective rlhf needs a --beta above 0, or N above 1, got {args.beta}")
+    if args.N > args.M and not rlhf and not args.resume:
+        print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
+              f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
+    args.kl_coef = args.beta if rlhf else 1 / args.N
+    strength = f"beta{args.beta:g}" if rlhf else f"N{args.N}-M{args.M}"
+    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
+
+
+def parse_args(argv=None, parser=None, derive=derive_settings):
     """Parse argv, check ranges, and call derive(args), which sets dependent settings. With --resume
     the settings are those of the run's config.json. Other scripts pass a parser and derive."""
-    parser, derive = parser or make_parser(RECIPES, __doc__, argv), derive or derive_settings
+    parser = parser or make_parser(RECIPES, __doc__, argv)
     args = parser.parse_args(argv)
-    for name, (*_, low, _) in (SETTINGS | {"beta": (0, 0)}).items():
+    for name, (*_, low, _) in SETTINGS.items():
         value, high = getattr(args, name), 1 if name in ("lam", "token_bias_lr") else 1e18
-        if isinstance(value, (int, float)) and low is not None and not low <= value <= high:
+        if isinstance(low, (int, float)) and not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} must be from {low} to {high:g}, got {value}")
-    if not args.minibatch <= args.rollouts <= args.episodes:
-        raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold")
+    sizes = [args.minibatch, args.rollouts, args.episodes]
+    if sizes != sorted(sizes) or sizes[0] % WORLD_SIZE or sizes[1] % WORLD_SIZE:
+        raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, and --rollouts and "
+                        f"--minibatch must divide by {WORLD_SIZE} processes, got {sizes}")
     if args.task == "toy" and (args.ref or args.reward or args.dataset or args.max_new_tokens > 4):
-        raise UserError("--task toy has its own models and prompts and at most 4 tokens: pass "
-                        "--task imdb for other ones")
+        raise UserError("--task toy has its own models and at most 4 tokens: pass --task imdb")
     args.N = int(args.N) if args.N == int(args.N) else args.N
     derive(args)
 
@@ -1545,34 +1551,13 @@ def parse_args(argv=None, parser=None, derive=None):
                         "or --resume to continue an unfinished one")
     with loading(f"cannot read {path}"):
         saved = json.loads(path.read_text("utf-8"))
-    parser.set_defaults(**{k: x for k, x in saved.items() if k != "device"})
+    parser.set_defaults(**saved | {"device": args.device})
     given = vars(parser.parse_args(argv))
-    free = {k: given[k] for k in ("device", "samples", "save_every", "resume", "overwrite", "out")}
-    for name in saved.keys() - free:
-        if given[name] != saved[name]:
-            raise UserError(f"--resume: {path} has {name} = {saved[name]}, got {given[name]}")
+    free = {k: given.pop(k) for k in "device samples save_every resume overwrite out".split()}
+    changed = {k: x for k, x in given.items() if x != saved.get(k)}
+    if changed:
+        raise UserError(f"--resume: {path} has other settings, got {changed}")
     return argparse.Namespace(**saved | free)
-
-
-def derive_settings(args):
-    """Check flags that depend on each other, and set --beta, the KL coefficient and --out."""
-    rlhf = args.objective == "rlhf"
-    if args.beta is None and args.N > 1:
-        args.beta = 1 / (args.N - 1)
-    if rlhf and args.beta is None:
-        raise UserError("--objective rlhf needs --beta, or N above 1")
-    if args.estimator == "smooth" and args.M < 3:
-        raise UserError(f"--estimator smooth needs --M of at least 3, got {args.M}")
-    if rlhf and args.beta == 0 and args.token_bias_lr:
-        raise UserError("--beta 0 needs --token-bias-lr 0, because the bias divides by β")
-    if (args.objective, args.estimator) == ("bound1", "log_mean"):
-        raise UserError("--objective bound1 needs a finite log F: pass --estimator add_one")
-    if args.N > args.M and not rlhf and not args.resume:
-        print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
-              f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
-    args.kl_coef = args.beta if rlhf else 1 / args.N
-    strength = f"beta{args.beta:g}" if rlhf else f"N{args.N}-M{args.M}"
-    args.out = args.out or f"runs/{args.task}-{args.objective}-{strength}-seed{args.seed}"
 
 
 def run_script(name, parse, run):
@@ -1589,10 +1574,10 @@ def run_script(name, parse, run):
         return 2
     except KeyboardInterrupt:
         out = getattr(args, "out", None)
-        hint = (f": --resume continues {out} from its last checkpoint"
-                if os.path.exists(f"{out}/checkpoint.pt") else
-                f": no checkpoint yet, --resume starts {out} again with the cached samples")
-        print(f"\n{name}: stopped{hint if out else ''}", file=sys.stderr)
+        found = os.path.exists(f"{out}/checkpoint.pt")
+        place = "from its last checkpoint" if found else "from the start, no checkpoint yet"
+        hint = f": --resume continues {out} {place}" if out else ""
+        print(f"\n{name}: stopped{hint}", file=sys.stderr)
         return 130
     return 0
 
