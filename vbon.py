@@ -425,10 +425,9 @@ def reference_log_probs(ref, rollout, args):
 
 
 def make_policy(ref, K, own_output=False):
-    """Copy the reference model. K ≥ 1 trains, in float32, the top K layers and what the model lists
-    after them (mostly the final norm), K = −1 everything. The other tensors are shared with the
-    reference model. own_output: copy the output weight too; for K ≥ 1 only `step_token_bias`
-    changes it."""
+    """Copy the reference model. K ≥ 1 trains the top K layers and what the model lists after them
+    (mostly the final norm), K = −1 everything. Other tensors are shared with the reference model.
+    own_output: copy the output weight too. For K ≥ 1 only `step_token_bias` changes it."""
     ref.requires_grad_(False)
     shared = {}
     if K != -1:
@@ -443,8 +442,8 @@ def make_policy(ref, K, own_output=False):
         if id(p) not in shared:
             p.requires_grad_().data = p.data.float()
     if own_output:
-        weight = policy.get_output_embeddings().weight.detach().float().clone()
-        policy.get_output_embeddings().weight = nn.Parameter(weight, requires_grad=K == -1)
+        output = policy.get_output_embeddings()
+        output.weight = nn.Parameter(output.weight.detach().float().clone(), requires_grad=K == -1)
         policy.config.tie_word_embeddings = False
     return policy
 
@@ -644,9 +643,11 @@ def atomic_write(path, text):
 
 def open_run(args):
     """Write config.json. First remove the results of an earlier run, unless it is resumed."""
-    resumed = args.resume and Path(args.out, "checkpoint.pt").exists()
+    if args.resume and not Path(args.out, "checkpoint.pt").exists():
+        print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
+        args.resume = False
     if RANK == 0:
-        for name in () if resumed else ("result.json", "checkpoint.pt", "metrics.jsonl"):
+        for name in () if args.resume else ("result.json", "checkpoint.pt", "metrics.jsonl"):
             Path(args.out, name).unlink(missing_ok=True)
         atomic_write(f"{args.out}/config.json", json.dumps(vars(args), indent=2) + "\n")
 
@@ -678,9 +679,6 @@ def load_checkpoint(args, task, tensors, optimizer):
     """With --resume, restore tensors and optimizer in place. Returns the finished iterations."""
     path, metrics = Path(args.out, "checkpoint.pt"), Path(args.out, "metrics.jsonl")
     if not args.resume:
-        return 0
-    if not path.exists():
-        print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
         return 0
     with loading(f"cannot resume from {path} (--overwrite starts again)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1431,9 +1429,10 @@ def setup(args, split="train"):
 # toy and imdb are ours, the others the paper's. The paper trains imdb with --prefix-critic 0
 # --token-bias-lr 0 --M 200 --lam 0.95 --ppo-epochs 4 --lr 3e-5 --lr-schedule constant.
 SETTINGS = {
-    "N": (16.0, 16.0, 100.0, 1, "N of Best-of-N, a real number of at least 1"),
+    "N": (16.0, 16.0, 100.0, 1.0, "N of Best-of-N, a real number of at least 1"),
     "M": (200, 32, 200, 1, "number of reference samples per training prompt"),
     "estimator": ("add_one", "add_one", "smooth", ESTIMATORS, "estimator of log F"),
+    "beta": (None, None, None, 1e-9, "KL coefficient of rlhf, 1/(N−1) if not given"),
     "ref": (None, "lvwerra/gpt2-imdb", "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr", None,
             "reference model: hub name or folder of a causal language model"),
     "reward": (None, "lvwerra/distilbert-imdb",
@@ -1444,24 +1443,30 @@ SETTINGS = {
     "train_prompts": (4, 5000, 5000, 1, "number of training prompts"),
     "max_new_tokens": (4, 40, 53, 1, "longest response, in tokens"),
     "temperature": (1.0, 1.0, 0.7, 1e-3, "sampling temperature of π_ref and π_θ"),
-    "no_eos_reward": (None, None, -1.0, None, "reward of a response without EOS"),
+    "no_eos_reward": (None, None, -1.0, -1e18, "reward of a response without EOS"),
     "episodes": (163_840, 80_000, 10_000, 1, "total number of responses to train on"),
     "rollouts": (2048, 128, 32, 1, "responses per iteration"),
     "minibatch": (256, 32, 32, 1, "responses per gradient step"),
     "ppo_epochs": (2, 1, 4, 1, "passes over the responses of an iteration"),
     "prefix_critic": (0, 2, 0, 0, "tokens between two reward-model scores of a partial response, "
                                   "which give the values; 0: a value head, as in the paper"),
-    "lam": (1.0, 0.8, 0.95, 0, "λ of generalized advantage estimation, at most 1"),
-    "value_coef": (1.0, 1.0, 0.2, 0, "weight of the value loss"),
+    "lam": (1.0, 0.8, 0.95, 0.0, "λ of generalized advantage estimation, 0 to 1"),
+    "value_coef": (1.0, 1.0, 0.2, 0.0, "weight of the value loss"),
     "lr": (1e-3, 1.25e-4, 3e-6, 1e-30, "learning rate of AdamW"),
     "lr_schedule": ("linear", "linear", "linear", ("linear", "constant"), "linear: ends at 0"),
     "adam_eps": (1e-8, 1e-8, 1e-5, 1e-30, "ε of AdamW"),
-    "token_bias_lr": (0.0, 1 / 16, 0.0, 0, "step size of the output bias, 0 (off) to 1"),
+    "token_bias_lr": (0.0, 1 / 16, 0.0, 0.0, "step size of the output bias, 0 (off) to 1"),
     "unfrozen_layers": (-1, 2, 2, -1, "number of top layers to train; -1: all"),
     "sample_batch": (512, 512, 64, 1, "reference samples per batch"),
     "seed": (0, 0, 0, 0, "seed of training"),
     "data_seed": (0, 0, 0, 0, "seed of prompts and reference samples"),
-    "save_every": (25, 25, 25, 0, "iterations between checkpoints; 0: none")}
+    "save_every": (25, 25, 25, 0, "iterations between checkpoints; 0: none"),
+    "device": ("auto", "auto", "auto", None, "cpu, cuda, cuda:1, mps, …"),
+    "dtype": ("float32", "float32", "float32", ("float32", "bfloat16"),
+              "precision of forward passes and frozen weights"),
+    "backend": ("auto", "auto", "auto", ("auto", "hand", "vllm"), "sampler; auto: vLLM on one GPU"),
+    "samples": ("samples", "samples", "samples", None, "folder of cached reference samples"),
+    "out": (None, None, None, None, "folder of the run, a name in runs/ if not given")}
 RECIPES = {task: {name: row[i] for name, row in SETTINGS.items()}
            for i, task in enumerate(("toy", "imdb", "tldr"))}
 
@@ -1475,32 +1480,24 @@ def make_parser(recipes, description, argv=None):
     add = parser.add_argument
     add("--task", choices=recipes, default="toy", help="toy (exact KL), imdb or tldr")
     add("--objective", choices=OBJECTIVES, default="vbon", help="rlhf maximizes reward − β·KL")
-    for name, (*_, value, low, help) in SETTINGS.items():
-        add("--" + name.replace("_", "-"), type=type(value), help=help,
-            choices=low if isinstance(low, tuple) else None)
-    add("--beta", type=float, help="KL coefficient of rlhf, 1/(N−1) if not given")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, …")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="precision of forward passes and frozen weights")
-    add("--backend", choices=["auto", "hand", "vllm"], default="auto",
-        help="sampler of reference samples; auto: vLLM if installed, on one GPU")
-    add("--samples", default="samples", help="folder of cached reference samples")
-    add("--out", help="folder of the run, a name in runs/ if not given")
-    start = parser.add_mutually_exclusive_group().add_argument
-    start("--overwrite", action="store_true", help="replace the run in --out")
-    start("--resume", action="store_true", help="continue the run in --out with its settings")
+    for name, (*_, low, help) in SETTINGS.items():
+        add("--" + name.replace("_", "-"), help=help, choices=low if type(low) is tuple else None,
+            type=type(low) if type(low) in (int, float) else str)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--overwrite", action="store_true", help="replace the run in the folder")
+    add("--resume", action="store_true", help="continue a run with its settings")
+
+    # --help comes last, because it shows the defaults of the task.
     parser.set_defaults(**recipes[parser.parse_known_args(argv)[0].task])
-    add("-h", "--help", action="help", help="show the flags and the defaults of --task")
+    parser.add_argument("-h", "--help", action="help", help="show the flags with their defaults")
     return parser
 
 
 def derive_settings(args):
     """Set --beta, the KL coefficient and --out, which depend on other settings."""
     rlhf = args.objective == "rlhf"
-    if args.beta is None and args.N > 1:
-        args.beta = 1 / (args.N - 1)
-    if rlhf and not 0 < (args.beta or 0) < math.inf:
-        raise UserError(f"--objective rlhf needs a --beta above 0, or N above 1, got {args.beta}")
+    if args.beta is None:
+        args.beta = 1 / max(args.N - 1, 1e-9)
     if args.N > args.M and not rlhf and not args.resume:
         print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
               f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
@@ -1515,10 +1512,9 @@ def parse_args(argv=None, parser=None, derive=derive_settings):
     parser = parser or make_parser(RECIPES, __doc__, argv)
     args = parser.parse_args(argv)
     for name, (*_, low, _) in SETTINGS.items():
-        value, high = getattr(args, name), 1 if name in ("lam", "token_bias_lr") else 1e18
-        if isinstance(low, (int, float)) and not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be from {low} to {high:g}, got {value}")
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if type(value) in (int, float) and not low <= value < math.inf:
+            raise UserError(f"{flag} must be finite and at least {low}, got {value}")
     sizes = [args.minibatch, args.rollouts, args.episodes]
     if sizes != sorted(sizes) or sizes[0] % WORLD_SIZE or sizes[1] % WORLD_SIZE:
         raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, and --rollouts and "
@@ -1535,8 +1531,7 @@ def parse_args(argv=None, parser=None, derive=derive_settings):
     if Path(args.out, "result.json").exists() or not args.resume:
         raise UserError(f"{args.out} holds a run: pass another --out, --overwrite to replace it, "
                         "or --resume to continue an unfinished one")
-    with loading(f"cannot read {path}"):
-        saved = json.loads(path.read_text("utf-8"))
+    saved = json.loads(path.read_text("utf-8"))
     parser.set_defaults(**saved | {"device": args.device})
     given = vars(parser.parse_args(argv))
     free = {k: given.pop(k) for k in "device samples save_every resume overwrite out".split()}
