@@ -681,8 +681,9 @@ def load_checkpoint(args, task, tensors, optimizer):
             x.data.copy_(state["tensors"][name])
         optimizer.load_state_dict(state["optimizer"])
     print(f"resumed after {state['done']} iterations")
-    lines = metrics.read_text("utf-8").splitlines(True)
-    atomic_write(metrics, "".join(lines[:state["done"]]))  # the later iterations are repeated
+    if RANK == 0:  # drop the metrics of iterations that are repeated
+        lines = metrics.read_text("utf-8").splitlines(True)
+        atomic_write(metrics, "".join(lines[:state["done"]]))
     return state["done"]
 
 
