@@ -939,7 +939,7 @@ def test_posts_of_tldr_are_cut_to_fit():
     row = {"subreddit": "tifu", "title": "T", "post": "one two three\n\nfour five\n\nsix"}
     head, tail = "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: ", "\n\nTL;DR:"
     for longest, rest in ((99, row["post"]), (11, "one two three\n\nfour five"), (8, "one two")):
-        assert vbon.make_prompt(row, "post", words, longest, None) == head + rest + tail
+        assert vbon.make_prompt(row, words, longest, None) == head + rest + tail
 
 
 # ========== Models and data of the user ==========================================================
@@ -1152,7 +1152,7 @@ def test_prompts_that_are_chats(models, template, of_reward, text):
     assert task.score([chats[3]], ["good"]) == pytest.approx(plain(reward, text), abs=1e-5)
     call(**settings)
     assert all(row["prompt"] in chats for row in sample_rows())
-    refused("no prompt", **settings | dict(task="tldr", out="b"))
+    refused("got 0 prompts", **settings | dict(task="tldr", out="b"))
 
 
 ROWS = [{"prompt": f"{i:02} is"} for i in range(20)]
@@ -1178,7 +1178,7 @@ def test_files_of_prompts(name, splits):
     ([*ROWS[:5], {"prompt": 3}, *ROWS], "prompt"), ([{"post": "a"}] * 4, "subreddit"),
     ([{"prompt": [{"content": "no role"}]}] * 4, "role"), ([{"prompt": []}] * 4, "[] in row 1"),
     ([{"prompt": [{"role": "user", "content": None}]}] * 4, "None"), ({"data": ROWS}, "got data"),
-    (ROWS[:1], "0 rows")])
+    (ROWS[:1], "samples 1")])
 def test_files_without_prompts_are_refused(models, rows, word):
     Path("data.json").write_text(json.dumps(rows))
     refused(word, **own(models, dataset="data.json", train_prompts=1))

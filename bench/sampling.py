@@ -28,8 +28,7 @@ ROWS = 512  # maximal number of responses that are decoded together
 
 def load(options, count):
     """Load --ref and the first training prompts: the model, token lists and the id of EOS."""
-    from transformers import AutoModelForCausalLM
-    lm, tokenizer, _ = vbon.load_model("ref", AutoModelForCausalLM, options.ref, options.device)
+    lm, tokenizer, _ = vbon.load_model("ref", options.ref, options.device)
     if tokenizer.eos_token_id is None:
         raise vbon.UserError(f"--ref {options.ref}: the tokenizer must have an EOS token")
     args = SimpleNamespace(task="imdb", dataset=options.dataset, data_seed=0, train_prompts=count)
