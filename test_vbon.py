@@ -1040,7 +1040,7 @@ def test_wrongly_saved_policies_and_rewards_that_mix_texts_are_refused(models, m
     refused("saved policy are off by", **own(models, lr=0.01, out="run"))
     assert not os.path.exists("run/result.json")
     monkeypatch.setattr(classifier, "forward", mixed)
-    refused("other texts of its batch", **own(models))
+    refused("other texts of their batch", **own(models))
 
 
 @pytest.mark.parametrize("body, word", [
@@ -1087,7 +1087,7 @@ def test_a_peft_adapter_as_reference_model(models, monkeypatch):
         close(x, y, atol=1e-5, rtol=0)
     assert (after - before).abs().max() > 1e-3  # it was trained
     save_adapter("tied", models / "ref", targets=["wte"])  # merged, it changes the output layer
-    refused("an adapter that can be merged", **own(models, ref="tied"))
+    refused("when the adapter is merged", **own(models, ref="tied"))
     refused("--reward lora", **own(models, reward="lora"))
     monkeypatch.setitem(sys.modules, "peft", None)
     refused("peft", **own(models, ref="lora"))
@@ -1177,7 +1177,7 @@ def test_files_of_prompts(name, splits):
     ([*ROWS, {"prompt": None}, *ROWS], "None in row 21"), ([{"prompt": 3}] * 4, "3 in row 1"),
     ([*ROWS[:5], {"prompt": 3}, *ROWS], "prompt"), ([{"post": "a"}] * 4, "subreddit"),
     ([{"prompt": [{"content": "no role"}]}] * 4, "role"), ([{"prompt": []}] * 4, "[] in row 1"),
-    ([{"prompt": [{"role": "user", "content": None}]}] * 4, "None"), ({"data": ROWS}, "got data"),
+    ([{"prompt": [{"role": "user", "content": None}]}] * 4, "None"), ({"data": ROWS}, "['data']"),
     (ROWS[:1], "samples 1")])
 def test_files_without_prompts_are_refused(models, rows, word):
     Path("data.json").write_text(json.dumps(rows))

@@ -981,11 +981,10 @@ def text_task(args, split):
     with loading(f"cannot load prompts for --ref {args.ref} from --dataset {args.dataset}"):
         prompts = load_prompts(args, split, tokenizer, min(512, room))
         lengths = [len(encode(p)) for p in prompts] or [0]
-    if not 0 < min(lengths) <= max(lengths) <= room:
-        raise UserError(f"--dataset {args.dataset} must have prompts of at least 1 token, and with "
-                        f"--max-new-tokens at most {positions} (the limit of --ref), got "
-                        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} + "
-                        f"{args.max_new_tokens} tokens")
+        if not 0 < min(lengths) <= max(lengths) <= room:
+            raise ValueError(f"prompts need a token, and with --max-new-tokens at most {positions} "
+                             f"(the limit of --ref), got {len(prompts)} prompts of {min(lengths)} "
+                             f"to {max(lengths)} + {args.max_new_tokens} tokens")
     check_sampler(ref, eos, args, max(lengths) + args.max_new_tokens)
     return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
 
@@ -994,18 +993,16 @@ def load_model(flag, name, device, dtype="float32"):
     """Load a classifier if flag is "reward", otherwise a language model: a hub name, or a folder of
     a model or PEFT adapter. Returns model, tokenizer and a hash of both."""
     import transformers
-    from transformers.utils import find_adapter_config_file, has_file
     kind = "SequenceClassification" if flag == "reward" else "CausalLM"
     settings = {"dtype": getattr(torch, dtype)}
     with loading(f"cannot load --{flag} {name} (a hub name, or a folder with config.json, "
                  "tokenizer.json and weights)"):
-        if find_adapter_config_file(name):
+        if transformers.utils.find_adapter_config_file(name):
             # Merge the adapter into its base model, so that the policy is saved whole.
             import peft
             heads = [len(x) for key, x in peft.load_peft_weights(name, "cpu").items()
                      if key.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
             settings |= {"num_labels": heads[-1]} if heads else {}
-            missing = [] if heads or flag != "reward" else ["a classification head"]
             adapted = getattr(peft, "AutoPeftModelFor" + kind).from_pretrained(name, **settings)
             adapted, ids = adapted.eval(), torch.arange(1, 9)[None]
             with torch.no_grad():
@@ -1013,23 +1010,22 @@ def load_model(flag, name, device, dtype="float32"):
                 model = adapted.merge_and_unload()
                 error = (model(ids).logits - before).abs().max()
             if not error < 10 * TOLERANCE[dtype]:  # for example with tied embeddings
-                missing.append(f"an adapter that can be merged (the logits change by {error:.2g})")
+                raise ValueError(f"the logits change by {error:.2g} when the adapter is merged")
         else:
             model, info = getattr(transformers, "AutoModelFor" + kind).from_pretrained(
                 name, output_loading_info=True, **settings)
-            missing = sorted(info["missing_keys"])[:4]
-        # An adapter without a tokenizer has its base model's.
-        source = name if has_file(name, "tokenizer_config.json") else model.name_or_path
+            if info["missing_keys"]:
+                raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys'])[:4])}")
+        has_tokenizer = transformers.utils.has_file(name, "tokenizer_config.json")
+        source = name if has_tokenizer else model.name_or_path  # of an adapter: its base model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
 
-    # transformers fills missing parts with random weights or an empty vocabulary.
-    rows = len(model.get_input_embeddings().weight)
-    if flag != "reward" and "Classification" in str(model.config.architectures):
-        missing.append("an output layer")
-    if not len(tokenizer.all_special_tokens) < len(tokenizer) <= rows:
-        missing.append(f"a tokenizer.json for {rows} embeddings, got {len(tokenizer)} tokens")
-    if missing:
-        raise UserError(f"--{flag} {name} cannot be used, it lacks {', '.join(missing)}")
+        # transformers would use the embeddings as output layer, or an empty vocabulary.
+        if flag != "reward" and "Classification" in str(model.config.architectures):
+            raise ValueError("it lacks an output layer")
+        rows = len(model.get_input_embeddings().weight)
+        if not len(tokenizer.all_special_tokens) < len(tokenizer) <= rows:
+            raise ValueError(f"it lacks a tokenizer.json for {rows} embeddings")
 
     # GPT-2's GELU in one pass over memory.
     for path, module in list(model.named_modules()):
@@ -1055,13 +1051,13 @@ def hash_model(model, tokenizer):
 
 @torch.no_grad()
 def check_sampler(lm, eos, args, longest):
-    """Refuse a model whose sampled log-probs differ from a plain forward pass. A recurrent model,
-    for example, does not mask padding. longest: tokens of the longest prompt and response, which
-    may exceed the window of sliding attention."""
-    problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
+    """Refuse a model whose sampled log-probs differ from a plain forward pass, such as a recurrent
+    one, which does not mask padding. longest: tokens of the longest prompt and response. If it
+    exceeds the window of sliding attention, so does a prompt of this check."""
     window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
     prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
     uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
+    problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
     with loading(problem), autocast(args):
         rollout = generate(lm, prompts, uniforms, eos, temperature=1)
         reference_log_probs(lm, rollout, args)  # sets rollout.frozen_hidden
@@ -1072,8 +1068,7 @@ def check_sampler(lm, eos, args, longest):
             plain = -nn.functional.cross_entropy(logits, ids[0, -n:], reduction="none")
             error = torch.stack([rollout.log_probs[i, :n], replayed[i, :n]]).sub(plain).abs().max()
             if not error < 10 * TOLERANCE[args.dtype]:
-                raise UserError(f"{problem}, its log-probs are off by {error:.2g} nats; try "
-                                "--unfrozen-layers -1")
+                raise ValueError(f"log-probs are off by {error:.2g}, try --unfrozen-layers -1")
 
 
 def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
@@ -1092,18 +1087,16 @@ def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
     def score(prompts, responses):
         rows = [i for i, y in enumerate(responses) if y.endswith(end)]
         complete = [responses[i].removesuffix(end) for i in rows]
+        scores = [without_end] * len(responses)
         with loading(f"--reward {name}"):
             rewards = compute([prompts[i] for i in rows], complete) if rows else []
             rewards = np.asarray(rewards, dtype=float)
-        if rewards.shape != (len(rows),):
-            raise UserError(f"--reward {name} must return one number per response, got the shape "
-                            f"{rewards.shape} for {len(rows)} responses")
-        scores = [without_end] * len(responses)
-        for i, reward in zip(rows, rewards.tolist()):
-            scores[i] = reward
-            if not math.isfinite(reward):
-                raise UserError(f"--reward {name}: rewards must be finite, got {reward} for the "
-                                f"response {responses[i]!r}")
+            if rewards.shape != (len(rows),):
+                raise ValueError(f"got the shape {rewards.shape} for {len(rows)} responses")
+            for i, reward in zip(rows, rewards.tolist()):
+                if not math.isfinite(reward):
+                    raise ValueError(f"must be finite, got {reward} for {responses[i]!r}")
+                scores[i] = reward
         return scores
     return score, identity + (f", {without_end} without {end}" if end else "")
 
@@ -1126,7 +1119,7 @@ def load_classifier(name, device, end, dtype):
     model, tokenizer, model_id = load_model("reward", name, device, dtype)
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
     if len(labels) > 2:
-        raise UserError(f"--reward {name} must have one logit or two labels, got {labels}")
+        raise ValueError(f"it must have one logit or two labels, got {labels}")
     index = next((i for i, x in enumerate(labels) if x.upper()[:3] == "POS"), len(labels) - 1)
     reading, activation = "the logit", nn.Identity()
     if len(labels) == 2:
@@ -1154,9 +1147,8 @@ def load_classifier(name, device, end, dtype):
     @torch.no_grad()
     def compute(prompts, responses):
         texts = [join(tokenizer, p, y, end).removeprefix(bos) for p, y in zip(prompts, responses)]
-        rewards = torch.zeros(len(texts))
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        for rows in (by_length[i:i + 128] for i in range(0, len(by_length), 128)):
+        lengths, rewards = torch.tensor([len(text) for text in texts]), torch.zeros(len(texts))
+        for rows in lengths.argsort(stable=True).split(128):  # similar lengths, little padding
             inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True,
                                truncation=True, max_length=longest)
             logits = model(**inputs.to(device)).logits.float().cpu()
@@ -1170,8 +1162,7 @@ def load_classifier(name, device, end, dtype):
         error = np.abs(np.subtract(compute(["", ""], texts), alone)).max()
         if not error >= TOLERANCE[dtype]:  # `score` refuses NaN
             return compute, f"{model_id}, {reading}"
-    raise UserError(f"--reward {name} cannot be used, the reward of a text changes by {error:.2g} "
-                    "with the other texts of its batch")
+    raise ValueError(f"rewards change by {error:.2g} with the other texts of their batch")
 
 
 def load_prompts(args, split, tokenizer, longest):
@@ -1181,17 +1172,17 @@ def load_prompts(args, split, tokenizer, longest):
     count = args.train_prompts if split == "train" else args.test_prompts
     others = count // 2 if (args.task, split) == ("tldr", "test") else 0
     for number, ours in ((count - others, True), (others, False)):
-        found = (make_prompt(rows[i], tokenizer, longest, rng)
-                 for i in rng.sample(range(len(rows)), len(rows)))
+        order = rng.sample(range(len(rows)), len(rows))
+        found = filter(None, (make_prompt(rows[i], tokenizer, longest, rng) for i in order))
         if args.task == "tldr":
             found = (p for p in found if str(p).startswith(TLDR_SUBREDDITS) == ours)
-        prompts += itertools.islice(filter(None, found), number)
+        prompts += itertools.islice(found, number)
     return prompts
 
 
 def load_rows(dataset, split):
-    """Load a split of a data set, its columns for prompts, and check every row. Without a test or
-    validation split, a tenth of the training split is held out."""
+    """Load the columns of a data set that make prompts, and check every row of the split. Without a
+    test or validation split, a tenth of the training split is held out."""
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -1206,28 +1197,24 @@ def load_rows(dataset, split):
     splits = splits if isinstance(splits, dict) else {"train": splits}
 
     names = sorted(splits)
-    train = next((s for s in names if s.startswith("train")), names[0] if len(names) == 1 else "")
-    test = next((s for s in names if s.startswith(("test", "val", "dev")) and s != train), "")
-    if not train:
-        raise UserError(f"--dataset {dataset} needs a train split, got {', '.join(names)}")
-    rows = splits[test if test and split == "test" else train]
-    columns = next((c for c in (["prompt"], ["post", "subreddit", "title"], ["text"])
-                    if {*c} <= {*rows.column_names}), None)
-    if columns is None:
-        raise UserError(f"--dataset {dataset} needs a column prompt or text, or the columns post, "
-                        f"subreddit and title, got {', '.join(rows.column_names)}")
-    if not test:
+    train = names[0] if len(names) == 1 else next((s for s in names if s.startswith("train")), None)
+    test = next((s for s in names if s.startswith(("test", "val", "dev"))), train)
+    if train is None:
+        raise ValueError(f"it needs a train split, got {', '.join(names)}")
+    rows = splits[train if split == "train" else test]
+    column = next((c for c in ("prompt", "post") if c in rows.column_names), "text")
+    rows = rows.select_columns(["post", "subreddit", "title"] if column == "post" else column)
+    if test == train:
         rows = rows.train_test_split(max(1, len(rows) // 10), shuffle=False)[split]
 
-    for name in columns:
+    for name in rows.column_names:
         for i, x in enumerate(rows[name]):
             chat = name == "prompt" and isinstance(x, list)
             texts = [message.get(k) for message in x for k in ("role", "content")] if chat else [x]
             if not texts or not all(isinstance(text, str) for text in texts):
-                raise UserError(f"--dataset {dataset}: {name} must be a text (prompt also a list "
-                                f"of messages with role and content), got {str(x)[:60]} in row "
-                                f"{i + 1} of {split}")
-    return rows.select_columns(columns)
+                raise ValueError(f"{name} must be a text, or prompt a list of messages with role "
+                                 f"and content, got {str(x)[:60]} in row {i + 1} of {split}")
+    return rows
 
 
 def make_prompt(row, tokenizer, longest, rng):

@@ -33,8 +33,9 @@ def load(options, count):
         raise vbon.UserError(f"--ref {options.ref}: the tokenizer must have an EOS token")
     args = SimpleNamespace(task="imdb", dataset=options.dataset, data_seed=0, train_prompts=count)
     room = getattr(lm.config, "max_position_embeddings", sys.maxsize) - options.max_new_tokens
-    prompts = [tokenizer.encode(p)
-               for p in vbon.load_prompts(args, "train", tokenizer, min(512, room))]
+    with vbon.loading(f"cannot load prompts from --dataset {options.dataset}"):
+        prompts = [tokenizer.encode(p)
+                   for p in vbon.load_prompts(args, "train", tokenizer, min(512, room))]
     if len(prompts) < count:
         raise vbon.UserError(f"--dataset must have {count} prompts, got {len(prompts)}")
     if not all(0 < len(p) <= room for p in prompts):
