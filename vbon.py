@@ -942,7 +942,6 @@ def loading(what):
         raise UserError(f"{what}: {type(error).__name__}: {message}") from None
 
 
-# The subreddits of tldr's training prompts (§6).
 TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n")
 # Largest accepted difference between two ways to compute the same logits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
@@ -994,9 +993,8 @@ def load_model(flag, name, device, dtype="float32"):
     a model or PEFT adapter. Returns model, tokenizer and a hash of both."""
     import transformers
     kind = "SequenceClassification" if flag == "reward" else "CausalLM"
-    settings = {"dtype": getattr(torch, dtype)}
-    with loading(f"cannot load --{flag} {name} (a hub name, or a folder with config.json, "
-                 "tokenizer.json and weights)"):
+    settings, source = {"dtype": getattr(torch, dtype)}, name
+    with loading(f"cannot load --{flag} {name} (a hub name, or a folder of model and tokenizer)"):
         if transformers.utils.find_adapter_config_file(name):
             # Merge the adapter into its base model, so that the policy is saved whole.
             import peft
@@ -1011,13 +1009,13 @@ def load_model(flag, name, device, dtype="float32"):
                 error = (model(ids).logits - before).abs().max()
             if not error < 10 * TOLERANCE[dtype]:  # for example with tied embeddings
                 raise ValueError(f"the logits change by {error:.2g} when the adapter is merged")
+            if not transformers.utils.has_file(name, "tokenizer_config.json"):
+                source = model.name_or_path  # the base model
         else:
             model, info = getattr(transformers, "AutoModelFor" + kind).from_pretrained(
                 name, output_loading_info=True, **settings)
             if info["missing_keys"]:
                 raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys'])[:4])}")
-        has_tokenizer = transformers.utils.has_file(name, "tokenizer_config.json")
-        source = name if has_tokenizer else model.name_or_path  # of an adapter: its base model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
 
         # transformers would use the embeddings as output layer, or an empty vocabulary.
@@ -1052,8 +1050,8 @@ def hash_model(model, tokenizer):
 @torch.no_grad()
 def check_sampler(lm, eos, args, longest):
     """Refuse a model whose sampled log-probs differ from a plain forward pass, such as a recurrent
-    one, which does not mask padding. longest: tokens of the longest prompt and response. If it
-    exceeds the window of sliding attention, so does a prompt of this check."""
+    one, which does not mask padding. longest: tokens of the longest prompt and response, which may
+    exceed the window of sliding attention."""
     window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
     prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
     uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
@@ -1114,7 +1112,7 @@ def join(tokenizer, prompt, response, end):
 
 def load_classifier(name, device, end, dtype):
     """Load a classifier as a reward: its only logit, or the probability of the label whose name
-    begins with "pos", otherwise of the second. Returns a function as in `load_reward` and its hash.
+    begins with "pos", otherwise of the second. Returns a function and a string that identifies it.
     """
     model, tokenizer, model_id = load_model("reward", name, device, dtype)
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
@@ -1129,11 +1127,10 @@ def load_classifier(name, device, end, dtype):
     print(f"reward: {reading}")
 
     # Causal classifiers read the last token that is not padding. It may be EOS.
-    first, last = (tokenizer.encode("a" + end)[i] for i in (0, -1))
-    bos = tokenizer.bos_token if first == tokenizer.bos_token_id else ""
+    ids, eos = tokenizer.encode("a" + end), tokenizer.eos_token_id
+    bos = tokenizer.bos_token if ids[0] == tokenizer.bos_token_id else ""
     if tokenizer.pad_token is None:
-        eos = tokenizer.eos_token_id
-        tokenizer.pad_token_id = int(eos == 0) if eos in (None, last) else eos
+        tokenizer.pad_token_id = int(eos == 0) if eos in (None, ids[-1]) else eos
     model.config.pad_token_id = tokenizer.pad_token_id
 
     # Long texts lose their start. RoBERTa does not use its first positions.
