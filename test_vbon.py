@@ -420,7 +420,7 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
     ("Roberta", dict(is_decoder=True)),
     ("Bart", dict(d_model=32, encoder_layers=1, decoder_layers=1))])
 def test_models_that_cannot_be_sampled_from_are_refused(kind, settings):
-    with pytest.raises(vbon.UserError, match=f"--ref mine: .* cannot sample from a {kind}"):
+    with pytest.raises(vbon.UserError, match=f"--ref mine: cannot sample from a {kind}"):
         vbon.check_sampler(small_lm(kind, **settings), [10], lm_args(unfrozen_layers=-1), 0)
 
 

@@ -1012,8 +1012,8 @@ def load_model(flag, name, device, dtype="float32"):
             if not transformers.utils.has_file(name, "tokenizer_config.json"):
                 source = model.name_or_path  # the base model
         else:
-            model, info = getattr(transformers, "AutoModelFor" + kind).from_pretrained(
-                name, output_loading_info=True, **settings)
+            loader = getattr(transformers, "AutoModelFor" + kind)
+            model, info = loader.from_pretrained(name, output_loading_info=True, **settings)
             if info["missing_keys"]:
                 raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys'])[:4])}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -1055,8 +1055,7 @@ def check_sampler(lm, eos, args, longest):
     window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
     prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
     uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
-    problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
-    with loading(problem), autocast(args):
+    with loading(f"--ref {args.ref}: cannot sample from a {type(lm).__name__}"), autocast(args):
         rollout = generate(lm, prompts, uniforms, eos, temperature=1)
         reference_log_probs(lm, rollout, args)  # sets rollout.frozen_hidden
         replayed = response_log_probs(lm, rollout, 1, args.unfrozen_layers)[0]
@@ -1178,8 +1177,8 @@ def load_prompts(args, split, tokenizer, longest):
 
 
 def load_rows(dataset, split):
-    """Load the columns of a data set that make prompts, and check every row of the split. Without a
-    test or validation split, a tenth of the training split is held out."""
+    """Load a split of a data set and check the columns of its prompts in every row. Without a test
+    or validation split, a tenth of the training split is held out."""
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -1193,6 +1192,7 @@ def load_rows(dataset, split):
         splits = datasets.load_dataset(*([dataset] if path.is_dir() else dataset.split(":")))
     splits = splits if isinstance(splits, dict) else {"train": splits}
 
+    # Choose the split and the columns.
     names = sorted(splits)
     train = names[0] if len(names) == 1 else next((s for s in names if s.startswith("train")), None)
     test = next((s for s in names if s.startswith(("test", "val", "dev"))), train)
