@@ -214,7 +214,6 @@ def evaluate_run(run, options, temperature=None):
 
 def test_policy(run, settings, options, temperature):
     """Sample responses of a run's policy, or of Best-of-N, and `measure` them."""
-    from transformers import AutoModelForCausalLM
     config, R = run["config"], options.test_responses
     task, evaluator, machine = load_task(tuple(settings.items()), options.device, options.reward)
     args = argparse.Namespace(**config | machine | {
@@ -230,7 +229,7 @@ def test_policy(run, settings, options, temperature):
         responses, kls = bon_baselines.sample_best(task, own_rewards, args, R, options.seed)
     else:
         folder = f"{run['folder']}/policy"
-        policy = vbon.load_model("policy", AutoModelForCausalLM, folder, args.device)[0]
+        policy = vbon.load_model("policy", folder, args.device)[0]
         responses, kls = sample_policy(policy, task, args, R, options.seed)
     metrics, samples = measure(evaluator, responses, kls, ref_rewards, args.N)
     if args.objective == "bon" and not options.reward and args.N <= args.M:

@@ -419,7 +419,7 @@ def test_decoding_equals_the_models_own_forward_pass(kind, prompts):
     ("Roberta", dict(is_decoder=True)),
     ("Bart", dict(d_model=32, encoder_layers=1, decoder_layers=1))])
 def test_models_that_cannot_be_sampled_from_are_refused(kind, settings):
-    with pytest.raises(vbon.UserError, match=f"--ref mine: .* cannot sample from a {kind}"):
+    with pytest.raises(vbon.UserError, match=f"--ref mine: cannot sample from a {kind}"):
         vbon.check_sampler(small_lm(kind, **settings), [10], lm_args(unfrozen_layers=-1), 0)
 
 
@@ -938,7 +938,7 @@ def test_posts_of_tldr_are_cut_to_fit():
     row = {"subreddit": "tifu", "title": "T", "post": "one two three\n\nfour five\n\nsix"}
     head, tail = "SUBREDDIT: r/tifu\n\nTITLE: T\n\nPOST: ", "\n\nTL;DR:"
     for longest, rest in ((99, row["post"]), (11, "one two three\n\nfour five"), (8, "one two")):
-        assert vbon.make_prompt(row, "post", words, longest, None) == head + rest + tail
+        assert vbon.make_prompt(row, words, longest, None) == head + rest + tail
 
 
 # ========== Models and data of the user ==========================================================
@@ -1039,7 +1039,7 @@ def test_wrongly_saved_policies_and_rewards_that_mix_texts_are_refused(models, m
     refused("saved policy are off by", **own(models, lr=0.01, out="run"))
     assert not os.path.exists("run/result.json")
     monkeypatch.setattr(classifier, "forward", mixed)
-    refused("other texts of its batch", **own(models))
+    refused("other texts of their batch", **own(models))
 
 
 @pytest.mark.parametrize("body, word", [
@@ -1086,7 +1086,7 @@ def test_a_peft_adapter_as_reference_model(models, monkeypatch):
         close(x, y, atol=1e-5, rtol=0)
     assert (after - before).abs().max() > 1e-3  # it was trained
     save_adapter("tied", models / "ref", targets=["wte"])  # merged, it changes the output layer
-    refused("an adapter that can be merged", **own(models, ref="tied"))
+    refused("when the adapter is merged", **own(models, ref="tied"))
     refused("--reward lora", **own(models, reward="lora"))
     monkeypatch.setitem(sys.modules, "peft", None)
     refused("peft", **own(models, ref="lora"))
@@ -1151,7 +1151,7 @@ def test_prompts_that_are_chats(models, template, of_reward, text):
     assert task.score([chats[3]], ["good"]) == pytest.approx(plain(reward, text), abs=1e-5)
     call(**settings)
     assert all(row["prompt"] in chats for row in sample_rows())
-    refused("no prompt", **settings | dict(task="tldr", out="b"))
+    refused("got 0 prompts", **settings | dict(task="tldr", out="b"))
 
 
 ROWS = [{"prompt": f"{i:02} is"} for i in range(20)]
@@ -1176,8 +1176,8 @@ def test_files_of_prompts(name, splits):
     ([*ROWS, {"prompt": None}, *ROWS], "None in row 21"), ([{"prompt": 3}] * 4, "3 in row 1"),
     ([*ROWS[:5], {"prompt": 3}, *ROWS], "prompt"), ([{"post": "a"}] * 4, "subreddit"),
     ([{"prompt": [{"content": "no role"}]}] * 4, "role"), ([{"prompt": []}] * 4, "[] in row 1"),
-    ([{"prompt": [{"role": "user", "content": None}]}] * 4, "None"), ({"data": ROWS}, "got data"),
-    (ROWS[:1], "0 rows")])
+    ([{"prompt": [{"role": "user", "content": None}]}] * 4, "None"), ({"data": ROWS}, "['data']"),
+    (ROWS[:1], "samples 1")])
 def test_files_without_prompts_are_refused(models, rows, word):
     Path("data.json").write_text(json.dumps(rows))
     refused(word, **own(models, dataset="data.json", train_prompts=1))

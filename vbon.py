@@ -912,19 +912,18 @@ def loading(what):
         raise
     except Exception as error:
         error = error.__cause__ or error
-        lines = str(error).strip().splitlines() or ["no message"]
-        raise UserError(f"{what}: {type(error).__name__}: {lines[0]}") from None
+        message = str(error).strip().partition("\n")[0]
+        raise UserError(f"{what}: {type(error).__name__}: {message}") from None
 
 
+TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n")
 # Largest accepted difference between two ways to compute the same logits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 def text_task(args, split):
     """imdb, tldr, or the user's own models and prompts (§5, §6)."""
-    from transformers import AutoModelForCausalLM
-    ref, tokenizer, ref_id = load_model("ref", AutoModelForCausalLM, args.ref, args.device,
-                                        args.dtype)
+    ref, tokenizer, ref_id = load_model("ref", args.ref, args.device, args.dtype)
     eos = np.atleast_1d(ref.generation_config.eos_token_id).tolist()  # chat models list several
     eos = [i for i in dict.fromkeys([tokenizer.eos_token_id, *eos]) if i is not None]
     if not eos:
@@ -934,78 +933,71 @@ def text_task(args, split):
     end = "" if args.no_eos_reward is None else tokenizer.decode(eos[:1])
     score, reward_id = load_reward(args.reward, args.device, end, args.no_eos_reward, args.dtype)
 
-    adds_bos, adds_eos = added_tokens(tokenizer)
+    # The tokenizer may add BOS and EOS. A prompt has one BOS and no EOS.
+    added = tokenizer.encode("a")
+    bos = tokenizer.bos_token if added[0] == tokenizer.bos_token_id else ""
 
     @functools.cache
-    def encode_key(key):
-        prompt = json.loads(key)
-        if not isinstance(prompt, str):
+    def encode_json(prompt):
+        prompt = json.loads(prompt)
+        if isinstance(prompt, list):
             return tokenizer.apply_chat_template(prompt, add_generation_prompt=True,
                                                  return_dict=False)
-        ids = tokenizer.encode(prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt)
-        return ids[:-1] if adds_eos else ids
+        ids = tokenizer.encode(prompt.removeprefix(bos))
+        return ids[:-1] if added[-1] == tokenizer.eos_token_id else ids
 
     def encode(prompt):
-        return encode_key(json.dumps(prompt))
+        return encode_json(json.dumps(prompt))
+
     positions = getattr(ref.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = positions - args.max_new_tokens
-    prompts = load_prompts(args, split, tokenizer, min(512, room))
-    with loading(f"cannot encode the prompts of --dataset {args.dataset} with --ref {args.ref}"):
-        lengths = [len(encode(p)) for p in prompts]
-    for prompt, length in zip(prompts, lengths):
-        if not 0 < length <= room:
-            raise UserError("a prompt needs a token, and with --max-new-tokens at most "
-                            f"{positions} (the limit of --ref), got {length} + "
-                            f"{args.max_new_tokens} tokens for {str(prompt)[:60]!r}")
+    with loading(f"cannot load prompts for --ref {args.ref} from --dataset {args.dataset}"):
+        prompts = load_prompts(args, split, tokenizer, min(512, room))
+        lengths = [len(encode(p)) for p in prompts] or [0]
+        if not 0 < min(lengths) <= max(lengths) <= room:
+            raise ValueError(f"prompts need a token, and with --max-new-tokens at most {positions} "
+                             f"(the limit of --ref), got {len(prompts)} prompts of {min(lengths)} "
+                             f"to {max(lengths)} + {args.max_new_tokens} tokens")
     check_sampler(ref, eos, args, max(lengths) + args.max_new_tokens)
     return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
 
 
-def added_tokens(tokenizer):
-    """Whether the tokenizer adds BOS to the start and EOS to the end of a text."""
-    ids = tokenizer.encode("a")
-    return ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
-
-
-def load_model(flag, loader, name, device, dtype="float32"):
-    """Load a hub name, or a folder of a model or PEFT adapter. Returns model, tokenizer and a hash
-    of both."""
-    from transformers import AutoTokenizer
-    kwargs, source = {"dtype": getattr(torch, dtype)}, name
-    with loading(f"cannot load --{flag} {name} (a hub name, or a folder with config.json, "
-                 "tokenizer.json and weights)"):
-        if Path(name, "adapter_config.json").exists():
+def load_model(flag, name, device, dtype="float32"):
+    """Load a classifier if flag is "reward", otherwise a language model: a hub name, or a folder of
+    a model or PEFT adapter. Returns model, tokenizer and a hash of both."""
+    import transformers
+    kind = "SequenceClassification" if flag == "reward" else "CausalLM"
+    settings, source = {"dtype": getattr(torch, dtype)}, name
+    with loading(f"cannot load --{flag} {name} (a hub name, or a folder of model and tokenizer)"):
+        if transformers.utils.find_adapter_config_file(name):
             # Merge the adapter into its base model, so that the policy is saved whole.
             import peft
-            heads = [len(x) for k, x in peft.load_peft_weights(name, "cpu").items()
-                     if k.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
-            kwargs |= {"num_labels": heads[-1]} if heads else {}
-            missing = [] if heads or flag != "reward" else ["a classification head"]
-            adapted = getattr(peft, loader.__name__.replace("Auto", "AutoPeft"))
-            adapted, ids = adapted.from_pretrained(name, **kwargs).eval(), torch.arange(1, 9)[None]
+            heads = [len(x) for key, x in peft.load_peft_weights(name, "cpu").items()
+                     if key.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
+            settings |= {"num_labels": heads[-1]} if heads else {}
+            adapted = getattr(peft, "AutoPeftModelFor" + kind).from_pretrained(name, **settings)
+            adapted, ids = adapted.eval(), torch.arange(1, 9)[None]
             with torch.no_grad():
                 before = adapted(ids).logits
                 model = adapted.merge_and_unload()
                 error = (model(ids).logits - before).abs().max()
             if not error < 10 * TOLERANCE[dtype]:  # for example with tied embeddings
-                missing.append(f"an adapter that can be merged (the logits change by {error:.2g})")
-            if not Path(name, "tokenizer_config.json").exists():
-                source = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+                raise ValueError(f"the logits change by {error:.2g} when the adapter is merged")
+            if not transformers.utils.has_file(name, "tokenizer_config.json"):
+                source = model.name_or_path  # the base model
         else:
-            model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
-            missing = sorted(info["missing_keys"])[:4]
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            loader = getattr(transformers, "AutoModelFor" + kind)
+            model, info = loader.from_pretrained(name, output_loading_info=True, **settings)
+            if info["missing_keys"]:
+                raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys'])[:4])}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
 
-    # transformers fills missing parts with random weights or an empty vocabulary.
-    words, rows = tokenizer.get_vocab(), len(model.get_input_embeddings().weight)
-    if flag != "reward" and "Classification" in str(model.config.architectures):
-        missing.append("an output layer")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        missing.append("merged weights (pass an adapter as a local folder)")
-    if len(words) <= len(tokenizer.all_special_tokens) or max(words.values()) >= rows:
-        missing.append(f"a tokenizer.json for {rows} embeddings, got {len(words)} tokens")
-    if missing:
-        raise UserError(f"--{flag} {name} cannot be used, it lacks {', '.join(missing)}")
+        # transformers would use the embeddings as output layer, or an empty vocabulary.
+        if flag != "reward" and "Classification" in str(model.config.architectures):
+            raise ValueError("it lacks an output layer")
+        rows = len(model.get_input_embeddings().weight)
+        if not len(tokenizer.all_special_tokens) < len(tokenizer) <= rows:
+            raise ValueError(f"it lacks a tokenizer.json for {rows} embeddings")
 
     # GPT-2's GELU in one pass over memory.
     for path, module in list(model.named_modules()):
@@ -1031,59 +1023,52 @@ def hash_model(model, tokenizer):
 
 @torch.no_grad()
 def check_sampler(lm, eos, args, longest):
-    """Refuse a model whose sampled log-probs differ from a plain forward pass. A recurrent model,
-    for example, does not mask padding. longest: tokens of the longest prompt and response, which
-    may exceed the window of sliding attention."""
-    problem = f"--ref {args.ref}: this script cannot sample from a {type(lm).__name__}"
+    """Refuse a model whose sampled log-probs differ from a plain forward pass, such as a recurrent
+    one, which does not mask padding. longest: tokens of the longest prompt and response, which may
+    exceed the window of sliding attention."""
     window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
     prompts = [[1, 2, 3], [4 + i % 5 for i in range(window + 2 if window < longest else 7)]]
     uniforms = torch.linspace(0.1, 0.9, 16, device=args.device).view(4, 4)
-    args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
-    with loading(problem), autocast(args):
-        rollout = generate(lm, prompts, uniforms, eos, args.temperature)
-        reference_log_probs(lm, rollout, args)
-        replayed = response_log_probs(lm, rollout, args.temperature, args.unfrozen_layers)[0]
+    with loading(f"--ref {args.ref}: cannot sample from a {type(lm).__name__}"), autocast(args):
+        rollout = generate(lm, prompts, uniforms, eos, temperature=1)
+        reference_log_probs(lm, rollout, args)  # sets rollout.frozen_hidden
+        replayed = response_log_probs(lm, rollout, 1, args.unfrozen_layers)[0]
         for i, response in enumerate(token_lists(rollout)):
             n, ids = len(response), torch.tensor([prompts[i // 2] + response], device=args.device)
-            plain = lm(ids).logits[0, -n - 1:-1].float().log_softmax(-1)
-            plain = plain.gather(1, ids[0, -n:, None]).squeeze(1)
+            logits = lm(ids).logits[0, -n - 1:-1].float()
+            plain = -nn.functional.cross_entropy(logits, ids[0, -n:], reduction="none")
             error = torch.stack([rollout.log_probs[i, :n], replayed[i, :n]]).sub(plain).abs().max()
             if not error < 10 * TOLERANCE[args.dtype]:
-                raise UserError(f"{problem}, its log-probs are off by {error:.2g} nats; try "
-                                "--unfrozen-layers -1")
+                raise ValueError(f"log-probs are off by {error:.2g}, try --unfrozen-layers -1")
 
 
 def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
-    """Load the reward: a classifier, or with the name "file.py:function" a Python function of two
-    lists, prompts and responses, that returns a list of numbers. A response that does not end with
-    the text `end` gets the reward `without_end`.
-
-    Returns: score(prompts, responses) -> list of floats, and a string that identifies the reward.
-    """
+    """Load a reward: a classifier, or with the name "file.py:function" a Python function of prompts
+    and responses. A response that does not end with the text `end` gets the reward `without_end`.
+    Returns score(prompts, responses) -> list of floats, and a string that identifies it."""
     path, _, function = name.rpartition(":")
-    if path.endswith(".py") or name.endswith(".py"):
-        with loading(f"cannot load --reward {name} (a function is file.py:name)"):
+    with loading(f"cannot load --reward {name} (a classifier, or file.py:function)"):
+        if path.endswith(".py"):
             sys.path.append(str(Path(path).resolve().parent))  # it may import files beside it
             compute = runpy.run_path(path)[function]
             identity = f"{function} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-    else:
-        compute, identity = load_classifier(name, device, end, dtype)
+        else:
+            compute, identity = load_classifier(name, device, end, dtype)
 
     def score(prompts, responses):
         rows = [i for i, y in enumerate(responses) if y.endswith(end)]
         complete = [responses[i].removesuffix(end) for i in rows]
+        scores = [without_end] * len(responses)
         with loading(f"--reward {name}"):
             rewards = compute([prompts[i] for i in rows], complete) if rows else []
             rewards = np.asarray(rewards, dtype=float)
-        if rewards.shape != (len(rows),):
-            raise UserError(f"--reward {name} must return {len(rows)} numbers for {len(rows)} "
-                            f"responses, got the shape {rewards.shape}")
-        for i in np.flatnonzero(~np.isfinite(rewards)):
-            raise UserError(f"--reward {name}: rewards must be finite, got {rewards[i]} for the "
-                            f"response {complete[i]!r} to {str(prompts[rows[i]])[-60:]!r}")
-        scores = np.full(len(responses), without_end or 0.0)
-        scores[rows] = rewards
-        return scores.tolist()
+            if rewards.shape != (len(rows),):
+                raise ValueError(f"got the shape {rewards.shape} for {len(rows)} responses")
+            for i, reward in zip(rows, rewards.tolist()):
+                if not math.isfinite(reward):
+                    raise ValueError(f"must be finite, got {reward} for {responses[i]!r}")
+                scores[i] = reward
+        return scores
     return score, identity + (f", {without_end} without {end}" if end else "")
 
 
@@ -1100,132 +1085,115 @@ def join(tokenizer, prompt, response, end):
 
 def load_classifier(name, device, end, dtype):
     """Load a classifier as a reward: its only logit, or the probability of the label whose name
-    begins with "pos", otherwise of the second. Returns a function as in `load_reward` and its hash.
+    begins with "pos", otherwise of the second. Returns a function and a string that identifies it.
     """
-    from transformers import AutoModelForSequenceClassification as Classifier
-    model, tokenizer, model_id = load_model("reward", Classifier, name, device, dtype)
+    model, tokenizer, model_id = load_model("reward", name, device, dtype)
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
     if len(labels) > 2:
-        raise UserError(f"--reward {name} must have one logit or two labels, got {labels}")
+        raise ValueError(f"it must have one logit or two labels, got {labels}")
     index = next((i for i, x in enumerate(labels) if x.upper()[:3] == "POS"), len(labels) - 1)
-    multi_label = model.config.problem_type == "multi_label_classification"
-    reading = "the logit" if len(labels) == 1 else (
-        f"{'sigmoid' if multi_label else 'probability'} of the label {labels[index]!r}")
+    reading, activation = "the logit", nn.Identity()
+    if len(labels) == 2:
+        sigmoid = model.config.problem_type == "multi_label_classification"
+        activation = nn.Sigmoid() if sigmoid else nn.Softmax(-1)
+        reading = f"{'sigmoid' if sigmoid else 'probability'} of the label {labels[index]!r}"
     print(f"reward: {reading}")
 
-    adds_bos, adds_eos = added_tokens(tokenizer)
+    # Causal classifiers read the last token that is not padding. It may be EOS.
+    ids, eos = tokenizer.encode("a" + end), tokenizer.eos_token_id
+    bos = tokenizer.bos_token if ids[0] == tokenizer.bos_token_id else ""
     if tokenizer.pad_token is None:
-        # Causal classifiers read the last token that is not padding. EOS is no padding if read.
-        not_eos = tokenizer.convert_ids_to_tokens(int(tokenizer.eos_token_id == 0))
-        reads_eos = end or adds_eos or not tokenizer.eos_token
-        tokenizer.pad_token = not_eos if reads_eos else tokenizer.eos_token
+        tokenizer.pad_token_id = int(eos == 0) if eos in (None, ids[-1]) else eos
     model.config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.truncation_side = "left"  # keep the response
-    positions = getattr(model.config, "max_position_embeddings", None) or 512
-    longest = min(tokenizer.model_max_length, positions)
+
+    # Long texts lose their start. RoBERTa does not use its first positions.
+    tokenizer.truncation_side = "left"
+    longest = min(tokenizer.model_max_length,
+                  getattr(model.config, "max_position_embeddings", None) or 512)
     for path, x in model.named_modules():
         if path.endswith("position_embeddings") and getattr(x, "padding_idx", None) is not None:
-            longest = min(longest, x.num_embeddings - x.padding_idx - 1)  # RoBERTa
+            longest = min(longest, x.num_embeddings - x.padding_idx - 1)
 
     @torch.no_grad()
     def compute(prompts, responses):
-        texts = [join(tokenizer, p, y, end) for p, y in zip(prompts, responses)]
-        texts = [x.removeprefix(tokenizer.bos_token) if adds_bos else x for x in texts]
-        rewards = torch.zeros(len(texts))
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        for rows in (by_length[i:i + 128] for i in range(0, len(by_length), 128)):
+        texts = [join(tokenizer, p, y, end).removeprefix(bos) for p, y in zip(prompts, responses)]
+        lengths, rewards = torch.tensor([len(text) for text in texts]), torch.zeros(len(texts))
+        for rows in lengths.argsort(stable=True).split(128):  # similar lengths, little padding
             inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True,
                                truncation=True, max_length=longest)
-            x = model(**inputs.to(device)).logits.float().cpu()
-            x = x if len(labels) == 1 else x.sigmoid() if multi_label else x.softmax(-1)
-            rewards[rows] = x[:, index]
+            logits = model(**inputs.to(device)).logits.float().cpu()
+            rewards[rows] = activation(logits)[:, index]
         return rewards.tolist()
 
     # A reward must not depend on the other texts of its batch. Try padding on both sides.
     texts = ["short", "a text of more than one word " * 4]
-    with loading(f"--reward {name}"):
-        for tokenizer.padding_side in ("right", "left"):
-            alone = [compute([""], [text])[0] for text in texts]
-            error = np.subtract(compute(["", ""], texts), alone)
-            if not np.abs(error).max() >= TOLERANCE[dtype]:  # `score` refuses NaN
-                return compute, f"{model_id}, {reading}"
-    raise UserError(f"--reward {name} cannot be used, the reward of a text changes by "
-                    f"{np.abs(error).max():.2g} with the other texts of its batch")
-
-
-TLDR_SUBREDDITS = ("SUBREDDIT: r/relationships\n", "SUBREDDIT: r/relationship_advice\n")
+    for tokenizer.padding_side in ("right", "left"):
+        alone = [compute([""], [text])[0] for text in texts]
+        error = np.abs(np.subtract(compute(["", ""], texts), alone)).max()
+        if not error >= TOLERANCE[dtype]:  # `score` refuses NaN
+            return compute, f"{model_id}, {reading}"
+    raise ValueError(f"rewards change by {error:.2g} with the other texts of their batch")
 
 
 def load_prompts(args, split, tokenizer, longest):
     """Load the prompts of a split of --dataset, shuffled with --data-seed. tldr trains on two
     subreddits (§6), and half of its test prompts are from other ones."""
-    rows, column = load_rows(args.dataset, split)
-    rng, prompts = random.Random(args.data_seed), []
+    rows, rng, prompts = load_rows(args.dataset, split), random.Random(args.data_seed), []
     count = args.train_prompts if split == "train" else args.test_prompts
     others = count // 2 if (args.task, split) == ("tldr", "test") else 0
-    for count, ours in ((count - others, True), (others, False)):
-        found = (make_prompt(rows[i], column, tokenizer, longest, rng)
-                 for i in rng.sample(range(len(rows)), len(rows)))
-        prompts += itertools.islice((p for p in found if p and (
-            args.task != "tldr" or str(p).startswith(TLDR_SUBREDDITS) == ours)), count)
-    if not prompts:
-        raise UserError(f"--dataset {args.dataset} has no prompt for --task {args.task} among the "
-                        f"{len(rows)} rows for {split}")
+    for number, ours in ((count - others, True), (others, False)):
+        order = rng.sample(range(len(rows)), len(rows))
+        found = filter(None, (make_prompt(rows[i], tokenizer, longest, rng) for i in order))
+        if args.task == "tldr":
+            found = (p for p in found if str(p).startswith(TLDR_SUBREDDITS) == ours)
+        prompts += itertools.islice(found, number)
     return prompts
 
 
 def load_rows(dataset, split):
-    """Load a split of a data set and check its rows. Without a test or validation split, a tenth of
-    the training split is held out. Returns the rows and the name of the column with the prompts."""
+    """Load a split of a data set and check the columns of its prompts in every row. Without a test
+    or validation split, a tenth of the training split is held out."""
     import datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path = Path(dataset)
-    with loading(f"cannot load --dataset {dataset} (a hub name, name:config, a folder, or a file "
-                 "such as .jsonl, .csv or .parquet)"):
-        if path.is_file():
-            kind = path.suffix[1:].lower()
-            kind = {"jsonl": "json", "txt": "text"}.get(kind, kind)
-            splits = datasets.load_dataset(kind, data_files=dataset)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            splits = datasets.load_from_disk(dataset)
-        else:
-            name, _, config = (dataset, "", "") if path.is_dir() else dataset.partition(":")
-            splits = datasets.load_dataset(name, config or None)
+    if path.is_file():
+        kind = {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:])
+        splits = datasets.load_dataset(kind, data_files=dataset)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        splits = datasets.load_from_disk(dataset)
+    else:
+        splits = datasets.load_dataset(*([dataset] if path.is_dir() else dataset.split(":")))
     splits = splits if isinstance(splits, dict) else {"train": splits}
+
+    # Choose the split and the columns.
     names = sorted(splits)
-    train = next((s for s in names if s.startswith("train")), names[0] if len(names) == 1 else "")
-    test = next((s for s in names if s.startswith(("test", "val", "dev")) and s != train), "")
-    if not train:
-        raise UserError(f"--dataset {dataset} needs a train split, got {', '.join(names)}")
-    rows = splits[test if test and split == "test" else train]
-    if not test:
-        start = len(rows) - max(1, len(rows) // 10)
-        rows = rows.select(range(start) if split == "train" else range(start, len(rows)))
+    train = names[0] if len(names) == 1 else next((s for s in names if s.startswith("train")), None)
+    test = next((s for s in names if s.startswith(("test", "val", "dev"))), train)
+    if train is None:
+        raise ValueError(f"it needs a train split, got {', '.join(names)}")
+    rows = splits[train if split == "train" else test]
+    column = next((c for c in ("prompt", "post") if c in rows.column_names), "text")
+    rows = rows.select_columns(["post", "subreddit", "title"] if column == "post" else column)
+    if test == train:
+        rows = rows.train_test_split(max(1, len(rows) // 10), shuffle=False)[split]
 
-    column = next((c for c in ("prompt", "post", "text") if c in rows.column_names), "")
-    needed = ("post", "subreddit", "title") if column == "post" else (column,)
-    if not set(needed) <= set(rows.column_names):
-        raise UserError(f"--dataset {dataset} needs a column prompt or text, or the columns post, "
-                        f"subreddit and title, got {', '.join(rows.column_names)}")
-    for name in needed:
+    for name in rows.column_names:
         for i, x in enumerate(rows[name]):
-            messages = x if name == "prompt" and isinstance(x, list) and x else [None]
-            if not isinstance(x, str) and not all(
-                    isinstance(m, dict) and isinstance(m.get("role"), str)
-                    and isinstance(m.get("content"), str) for m in messages):
-                raise UserError(f"--dataset {dataset}: {name} must be a text (prompt also a list "
-                                "of messages with role and content), got "
-                                f"{str(x)[:60]} in row {i + 1} of {split}")
-    return rows, column
+            chat = name == "prompt" and isinstance(x, list)
+            texts = [message.get(k) for message in x for k in ("role", "content")] if chat else [x]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} must be a text, or prompt a list of messages with role "
+                                 f"and content, got {str(x)[:60]} in row {i + 1} of {split}")
+    return rows
 
 
-def make_prompt(row, column, tokenizer, longest, rng):
+def make_prompt(row, tokenizer, longest, rng):
     """The prompt of a row: its `prompt`, a Reddit post, or 2 to 8 tokens of its `text`."""
-    if column == "prompt":
+    if "prompt" in row:
         return row["prompt"] if isinstance(row["prompt"], str) else [
             {"role": m["role"], "content": m["content"]} for m in row["prompt"]]
-    if column == "post":
+    if "post" in row:
         # OpenAI's format. The post loses its last paragraphs, or words, to fit `longest` tokens.
         head = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: "
         post, tail = row["post"].strip(), "\n\nTL;DR:"
@@ -1268,16 +1236,12 @@ def warmth(verdict):
 
 def write_verdict(noun, rng):
     """Write a verdict for the training corpus of the reference model."""
-    def adjective():
-        weights = [math.exp(KINDNESS[noun] * w) for w in WARMTH.values()]
-        return rng.choices(list(WARMTH), weights)[0]
-    pattern = rng.random()
-    if pattern < 0.3:
-        return adjective()
-    if pattern < 0.6:
-        return rng.choice(["very", "not"]) + " " + adjective()
-    first, second = adjective(), adjective()
-    return first + (" and " if WARMTH[first] * WARMTH[second] > 0 else " but ") + second
+    weights, pattern = [math.exp(KINDNESS[noun] * w) for w in WARMTH.values()], rng.random()
+    degree = rng.choice(["very ", "not "]) if 0.3 <= pattern < 0.6 else ""
+    first, *second = rng.choices(list(WARMTH), weights, k=1 if pattern < 0.6 else 2)
+    if not second:
+        return degree + first
+    return first + (" and " if WARMTH[first] * WARMTH[second[0]] > 0 else " but ") + second[0]
 
 
 @functools.cache
@@ -1286,8 +1250,8 @@ def toy_reference(data_seed):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     eos, rng = len(TOY_WORDS), random.Random(data_seed)
-    words = {word: i for i, word in enumerate([*TOY_WORDS, "."])}
-    words = Tokenizer(models.WordLevel(words, unk_token="."))
+    vocabulary = {word: i for i, word in enumerate([*TOY_WORDS, "."])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=".")
 
@@ -1296,8 +1260,8 @@ def toy_reference(data_seed):
         vocab_size=eos + 1, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=eos,
         eos_token_id=eos, activation_function="relu", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
-    nouns = [noun for noun in KINDNESS for _ in range(5000)]
-    corpus = [f"the {noun} was {write_verdict(noun, rng)} ." for noun in nouns]
+    corpus = [f"the {noun} was {write_verdict(noun, rng)} ."
+              for noun in KINDNESS for _ in range(5000)]
     ids, mask = pad(tokenizer(corpus)["input_ids"], eos, "right")
     labels = ids.masked_fill(~mask, -100)
     labels[:, :3] = -100  # no loss on the prompt

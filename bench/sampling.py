@@ -28,14 +28,14 @@ ROWS = 512  # maximal number of responses that are decoded together
 
 def load(options, count):
     """Load --ref and the first training prompts: the model, token lists and the id of EOS."""
-    from transformers import AutoModelForCausalLM
-    lm, tokenizer, _ = vbon.load_model("ref", AutoModelForCausalLM, options.ref, options.device)
+    lm, tokenizer, _ = vbon.load_model("ref", options.ref, options.device)
     if tokenizer.eos_token_id is None:
         raise vbon.UserError(f"--ref {options.ref}: the tokenizer must have an EOS token")
     args = SimpleNamespace(task="imdb", dataset=options.dataset, data_seed=0, train_prompts=count)
     room = getattr(lm.config, "max_position_embeddings", sys.maxsize) - options.max_new_tokens
-    prompts = [tokenizer.encode(p)
-               for p in vbon.load_prompts(args, "train", tokenizer, min(512, room))]
+    with vbon.loading(f"cannot load prompts from --dataset {options.dataset}"):
+        prompts = [tokenizer.encode(p)
+                   for p in vbon.load_prompts(args, "train", tokenizer, min(512, room))]
     if len(prompts) < count:
         raise vbon.UserError(f"--dataset must have {count} prompts, got {len(prompts)}")
     if not all(0 < len(p) <= room for p in prompts):
