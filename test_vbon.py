@@ -234,8 +234,9 @@ def test_the_smooth_estimator_is_a_least_squares_fit():
     for factor in (0.1, 0.9, 1.1, 10):
         assert (loss(b)[0] < loss(factor * b)[0]).all()
     close(-a.unsqueeze(1) * torch.exp(-b.unsqueeze(1) * ref), loss(b)[1], atol=1e-6)
-    for bad in ([1.0, 2.0], [1.0, 2.0, INF]):
-        with pytest.raises(ValueError, match="at least 3 finite"):
+    for bad, words in (([1.0, 2.0], "at least 3 finite"), ([1.0, 2.0, INF], "at least 3 finite"),
+                       (ref + 1e4, "overflows")):
+        with pytest.raises(ValueError, match=words):
             vbon.fit_log_F(bad)
     # The estimate does not depend on where zero is.
     scores, found = normals(3), vbon.estimate_log_F(normals(3), ref, "smooth")
@@ -728,7 +729,7 @@ def test_a_stopped_run_is_resumed_with_its_settings_and_models_only(toy_runs):
     for name, value in dict(lr=0.01, N=8, estimator="log_mean", objective="rlhf").items():
         refused(f"got {{'{name}': {value!r}", "--resume", out="run", **{name: value})
     for name, damage, word in (
-            ("checkpoint.pt", b"", "checkpoint.pt"),
+            ("checkpoint.pt", b"", "checkpoint.pt"), ("config.json", b"\xff\xfe{}", "config.json"),
             ("checkpoint.pt", before["checkpoint.pt"][:-1000], "checkpoint.pt"),
             ("checkpoint.pt", other.getvalue(), "other weights behind --ref")):
         Path("run", name).write_bytes(damage)
@@ -1740,6 +1741,7 @@ ERRORS = {
         "--task chess": "toy", "--nonsense": "--nonsense", "--objective rlhf --beta 0": "--beta",
         "--ref gpt2": "--task imdb", "--minibatch 4096": "--rollouts", "--device cuda:7": "cuda:7",
         "--unfrozen-layers 7": "from 1 to 2", "--max-new-tokens 6": "at most", "--out file": "file",
+        "--M 2 --estimator smooth": "--M", "--objective rlhf --N 1": "--beta",
         "MODELS --ref cut": "cut", "MODELS --ref bare": "lacks", "MODELS --ref no/such": "--ref",
         "MODELS --ref other/ref": "EOS", "MODELS --reward other/reward": "two labels",
         "MODELS --reward ref": "lacks", "MODELS --ref gpt2": "output layer",

@@ -118,6 +118,7 @@ def estimate_log_F(rewards, ref_rewards, estimator="add_one"):
 
     Args: rewards (...); ref_rewards (..., M) of the same prompts, or (M,) for all of them.
     Returns: log F̂ (...), float64, in nats.
+    Raises: ValueError if M is 0, a reward is NaN, or the estimator is unknown.
     """
     rewards, ref_rewards = (torch.as_tensor(x, dtype=torch.double) for x in (rewards, ref_rewards))
     M = ref_rewards.shape[-1]
@@ -139,7 +140,8 @@ def fit_log_F(ref_rewards):
     """Least-squares fit of −a·exp(−b·r) to the "add_one" log F̂ of the reference rewards (§6).
 
     For a given b the best a has a closed form. b is searched on a grid with steps of 5 %.
-    Args: ref_rewards (..., M), M at least 3. Returns: a and b, both positive, (...), float64.
+    Args: ref_rewards (..., M). Returns: a and b, both positive, (...), float64.
+    Raises: ValueError if M is below 3, a reward is not finite, or exp(b·r) overflows.
     """
     r = torch.as_tensor(ref_rewards, dtype=torch.double).sort(-1).values
     M = r.shape[-1]
@@ -156,6 +158,8 @@ def fit_log_F(ref_rewards):
     best = (log_F + a.unsqueeze(-1) * e).square().sum(-1).argmin(-1, keepdim=True)
     b = b[best] / spread
     a = a.gather(-1, best) * torch.exp(b * r[..., :1])
+    if not a.isfinite().all():
+        raise ValueError("a = exp(b·r) overflows: subtract the mean from the rewards first")
     return a.squeeze(-1), b.squeeze(-1)
 
 
@@ -174,6 +178,7 @@ def vbon_reward(log_F, log_p, N, objective="vbon"):
     that subtracts a baseline can therefore use "bound" with log_p = 0.
 
     Args: log_F, log_p, N as in `log_bon_pmf`. Returns: the broadcast shape, float64.
+    Raises: ValueError if N is below 1 or the objective is unknown.
     """
     log_F, log_p, N = (torch.as_tensor(x, dtype=torch.double) for x in (log_F, log_p, N))
     if not (N >= 1).all():
@@ -1358,7 +1363,7 @@ def setup(args, split="train"):
     """Load the models and the prompts of a split, and resolve "auto" in args. Under torchrun, join
     the other processes first."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory pages of 2 MB, mapped faster
-    from transformers.utils import logging
+    from transformers.utils import find_adapter_config_file, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.device == "auto":
@@ -1374,7 +1379,7 @@ def setup(args, split="train"):
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     if args.backend == "auto":
         suits = (args.task != "toy" and args.device.startswith("cuda") and WORLD_SIZE == 1
-                 and not Path(args.ref, "adapter_config.json").exists())
+                 and not find_adapter_config_file(args.ref))
         args.backend = "vllm" if suits and importlib.util.find_spec("vllm") else "hand"
     task = toy_task(args) if args.task == "toy" else text_task(args, split)
     print(f"{args.task}: reference model with {task.ref.num_parameters():,} parameters on "
@@ -1452,8 +1457,12 @@ def make_parser(recipes, description, argv=None):
 def derive_settings(args):
     """Set --beta, the KL coefficient and --out, which depend on other settings."""
     rlhf = args.objective == "rlhf"
-    if args.beta is None:
-        args.beta = 1 / max(args.N - 1, 1e-9)
+    if args.beta is None and args.N > 1:
+        args.beta = 1 / (args.N - 1)
+    if rlhf and args.beta is None:
+        raise UserError("--objective rlhf needs --beta, or N above 1")
+    if args.estimator == "smooth" and args.M < 3:
+        raise UserError(f"--estimator smooth needs --M of at least 3, got {args.M}")
     if args.N > args.M and not rlhf and not args.resume:
         print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
               f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
@@ -1487,7 +1496,8 @@ def parse_args(argv=None, parser=None, derive=derive_settings):
     if Path(args.out, "result.json").exists() or not args.resume:
         raise UserError(f"{args.out} holds a run: pass another --out, --overwrite to replace it, "
                         "or --resume to continue an unfinished one")
-    saved = json.loads(path.read_text("utf-8"))
+    with loading(f"cannot read {path}"):
+        saved = json.loads(path.read_text("utf-8"))
     parser.set_defaults(**saved | {"device": args.device})
     given = vars(parser.parse_args(argv))
     free = {k: given.pop(k) for k in "device samples save_every resume overwrite out".split()}
