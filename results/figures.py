@@ -3,8 +3,6 @@
 
     python results/figures.py
 
-Until results/imdb.sh is complete, results/imdb-near.csv, of commit 6d2cae6, stands for imdb.csv.
-
 A point is a method at one setting: the mean over seeds, with the standard error over seeds, or over
 prompts if there is one seed.
 """
@@ -30,10 +28,10 @@ LABELS = {"vbon": "N = 16", "vbon-N16-M200": "N = 16", "vbon-N16-M2000": "N = 16
           "rlhf-beta0.03": "β = 0.03", "rlhf-beta0.05": "β = 0.05", "dpo": "β = 0.1",
           "dpo-beta0.1": "β = 0.1", "bon-sft": "N = 16", "bon-sft-N16": "N = 16",
           "bonbon": "N = 16", "bonbon-N16": "N = 16"}
-OLD_NAMES = {"vbon-head": "paper", "vbon-nobias": "critic-only"}  # of imdb-near.csv
 # Places of labels that would overlap, in points from the point.
-PLACES = {"vbon": (-14, 9), "vbon-N16-M200": (-36, 8), "vbon-N64-M200": (-44, 6), "vbon-N64": (-44, 6),
-          "rlhf-beta0.05": (-52, -4), "paper": (8, -3), "vbon-long": (8, -12),
+PLACES = {"vbon": (-14, 9), "vbon-N16-M200": (-36, 8), "vbon-N64-M200": (-44, 6),
+          "vbon-N64": (-44, 6), "rlhf-beta0.05": (6, -15), "rlhf-beta0.7": (-46, -14),
+          "paper": (8, -3), "vbon-long": (8, -12),
           "vbon-N16-M2000": (8, 6)}
 # Settings of vBoN that the first figure leaves out, and marks of the second one.
 DETAILS = {"vbon-N16-M2000", "vbon-long", "critic-only", "bias-only"}
@@ -43,11 +41,11 @@ MARKS = {"vbon-N4": "v", "vbon-N64": "^", "vbon-N64-M200": "^", "paper": "s", "c
 
 def read_points(task):
     """Read a CSV file: {name of the setting: (method, {metric: (mean, standard error)})}."""
-    groups, path = {}, HERE / f"{task}.csv"
-    with open(path if path.exists() else HERE / "imdb-near.csv", encoding="utf-8") as file:
+    groups = {}
+    with open(HERE / f"{task}.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = re.sub(r"-seed\d+$", "", Path(row["run"]).name)
-            groups.setdefault(OLD_NAMES.get(name, name), []).append(row)
+            groups.setdefault(name, []).append(row)
     points = {}
     for name, rows in [(name, rows) for name, rows in groups.items() if name in LABELS]:
         metrics = {}
