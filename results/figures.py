@@ -31,7 +31,7 @@ LABELS = {"vbon": "N = 16", "vbon-N16-M200": "N = 16", "vbon-N16-M2000": "N = 16
 # Places of labels that would overlap, in points from the point.
 PLACES = {"vbon": (-14, 9), "vbon-N16-M200": (-36, 8), "vbon-N64-M200": (-44, 6),
           "vbon-N64": (-44, 6), "rlhf-beta0.05": (6, -15), "rlhf-beta0.7": (-46, -14),
-          "paper": (8, -3), "vbon-long": (8, -12),
+          "paper": (8, 5), "critic-only": (-24, 9), "vbon-long": (8, -12),
           "vbon-N16-M2000": (8, 6)}
 # Settings of vBoN that the first figure leaves out, and marks of the second one.
 DETAILS = {"vbon-N16-M2000", "vbon-long", "critic-only", "bias-only"}
