@@ -73,12 +73,6 @@ def policy_log_F(k, M):
     return log_F.mean() + (log_F - log_F.mean()) / (1 - a ** 2 * trigamma.mean())
 
 
-def kl_to_bon(kl_to_ref, mean_log_F, N):
-    """KL(π_θ ‖ π_bon) in nats from KL(π_θ ‖ π_ref) and E_{π_θ}[log F]. It needs p ≪ F, as for
-    text, where log π_bon = log p + log N + (N−1)·log F."""
-    return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
-
-
 def bon_metrics(kls, k, M, N):
     """Metrics of a policy relative to Best-of-N: values per response, with the mean and, to first
     order, the standard error of each metric. Args: kls in nats and mid-ranks k, both (...)."""
@@ -86,7 +80,7 @@ def bon_metrics(kls, k, M, N):
     a = vbon.effective_N(log_F.mean()).item()
     # The excess has its minimum at a, so the error of a does not count.
     return {"log_f": log_F, "effective_N": a + a ** 2 * (log_F - log_F.mean()),
-            "excess_kl": kl_to_bon(kls, log_F, a), "kl_to_bon": kl_to_bon(kls, log_F, N)}
+            "excess_kl": vbon.kl_to_bon(kls, log_F, a), "kl_to_bon": vbon.kl_to_bon(kls, log_F, N)}
 
 
 def measure(task, responses, kls, ref_rewards, N):

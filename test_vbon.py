@@ -85,7 +85,7 @@ def test_pure_functions_work_alone():
     for function, *args in (
             (vbon.log_bon_pmf, -ref.abs(), -1.0, 4), (vbon.vbon_reward, -ref.abs(), -50.0, 4),
             (vbon.estimate_log_F, r, ref), (vbon.fit_log_F, ref), (vbon.mid_ranks, r, ref),
-            (vbon.bon_kl, 4), (vbon.bon_win_rate, 4), (evaluate.kl_to_bon, 0.5, -0.2, 4),
+            (vbon.bon_kl, 4), (vbon.bon_win_rate, 4), (vbon.kl_to_bon, 0.5, -0.2, 4),
             (vbon.effective_N, -0.2), (vbon.excess_kl, 2.0, -0.2), (vbon.masked_mean, x, mask),
             (vbon.whiten, x, mask), (vbon.gae, x, y, mask), (vbon.policy_loss, x, y, z, mask),
             (vbon.value_loss, x, y, z, mask), (vbon.prefix_values, x, y, mask, 2),
@@ -158,9 +158,9 @@ def test_closed_forms_effective_N_and_mid_ranks():
     for N in (1, 2.5, 16, 512):
         assert vbon.effective_N(-1 / N) == pytest.approx(N)
         assert vbon.excess_kl(vbon.bon_kl(N), -1 / N) == pytest.approx(0, abs=1e-12)
-    closest = min(evaluate.kl_to_bon(3, -0.25, N / 100) for N in range(100, 2000))
+    closest = min(vbon.kl_to_bon(3, -0.25, N / 100) for N in range(100, 2000))
     assert vbon.excess_kl(3, -0.25) == pytest.approx(closest)  # no other Best-of-N is closer
-    assert evaluate.kl_to_bon(3, -0.25, 5) == pytest.approx(3 - math.log(5) + 4 * 0.25)
+    assert vbon.kl_to_bon(3, -0.25, 5) == pytest.approx(3 - math.log(5) + 4 * 0.25)
     k = vbon.mid_ranks(doubles([2.0, 0.0, 9.0]), doubles([[3.0, 2.0, 2.0, 1.0]]))
     assert k.tolist() == [2.0, 0.0, 4.0]  # a tie counts half
 
@@ -1521,7 +1521,7 @@ def test_evaluation_of_all_methods(copied_runs, models):
     assert len(rows) == 6 and 0 < float(rows["bon"]["bon/expected_reward"]) < 1
     for row in rows.values():
         kl, log_F, kl_to_bon = (float(row[name]) for name in ("kl_to_ref", "log_f", "kl_to_bon"))
-        assert kl_to_bon == pytest.approx(evaluate.kl_to_bon(kl, log_F, 2))
+        assert kl_to_bon == pytest.approx(vbon.kl_to_bon(kl, log_F, 2))
     assert len(sample_rows(samples_folder("samples", "test"))) == 2  # a tenth of the prompts
     (path,) = Path("vbon").glob("eval-*.json")
     samples, score = read_json(path)["samples"], vbon.load_reward(str(models / "reward"), "cpu")[0]

@@ -140,6 +140,7 @@ def fit_log_F(ref_rewards):
     """Least-squares fit of −a·exp(−b·r) to the "add_one" log F̂ of the reference rewards (§6).
 
     For a given b the best a has a closed form. b is searched on a grid with steps of 5 %.
+
     Args: ref_rewards (..., M). Returns: a and b, both positive, (...), float64.
     Raises: ValueError if M is below 3, a reward is not finite, or exp(b·r) overflows.
     """
@@ -209,8 +210,14 @@ def mid_ranks(rewards, ref_rewards):
     return ((ref_rewards < rewards).sum(-1) + (ref_rewards <= rewards).sum(-1)).double() / 2
 
 
+def kl_to_bon(kl_to_ref, mean_log_F, N):
+    """KL(π_θ ‖ π_bon) in nats from KL(π_θ ‖ π_ref) and E_{π_θ}[log F]. It needs p ≪ F, as for
+    text, where log π_bon = log p + log N + (N−1)·log F."""
+    return kl_to_ref - math.log(N) - (N - 1) * mean_log_F
+
+
 def effective_N(mean_log_F):
-    """The N that minimizes KL(π_θ ‖ π_bon), from E_{π_θ}[log F] in nats. It is 1 for π_ref."""
+    """The N that minimizes `kl_to_bon`, from E_{π_θ}[log F] in nats. It is 1 for π_ref."""
     return -1 / mean_log_F
 
 
@@ -1410,7 +1417,8 @@ SETTINGS = {
     "rollouts": (2048, 128, 32, 1, "responses per iteration"),
     "minibatch": (256, 32, 32, 1, "responses per gradient step"),
     "ppo_epochs": (2, 1, 4, 1, "passes over the responses of an iteration"),
-    "prefix_critic": (0, 2, 0, 0, "tokens between scores of a partial response; 0: a value head"),
+    "prefix_critic": (0, 2, 0, 0, "tokens between two reward-model scores of a partial response, "
+                                  "which give the values; 0: a value head, as in the paper"),
     "lam": (1.0, 0.8, 0.95, 0.0, "λ of generalized advantage estimation, 0 to 1"),
     "value_coef": (1.0, 1.0, 0.2, 0.0, "weight of the value loss"),
     "lr": (1e-3, 1.25e-4, 3e-6, 1e-30, "learning rate of AdamW"),

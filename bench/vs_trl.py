@@ -92,7 +92,7 @@ def group_trainer(kind, settings, args, task, ref_rewards, at_iteration):
                 tokens = out["completion_mask"].sum(1).float().mean().item()
                 kl = self._metrics["train"]["kl"][-1] * tokens
                 log_F = evaluate.policy_log_F(self.k, args.M).mean().item()
-                self.numbers = {"objective/kl_to_bon": evaluate.kl_to_bon(kl, log_F, args.N)}
+                self.numbers = {"objective/kl_to_bon": vbon.kl_to_bon(kl, log_F, args.N)}
             return out
 
         def report(self):
