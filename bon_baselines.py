@@ -305,7 +305,7 @@ def derive(args):
         raise vbon.UserError("bon_baselines.py runs in one process: start it without torchrun")
     if args.objective not in ("dpo", "bond") and args.N != int(args.N):
         raise vbon.UserError(f"--N must be a whole number for {args.objective}, got {args.N}")
-    for name, least, most in ("alpha", 0, 1), ("eta", 0, 1), ("gamma", 0, 1e9):
+    for name, least, most in ("beta", 1e-9, 1e9), ("alpha", 0, 1), ("eta", 0, 1), ("gamma", 0, 1e9):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise vbon.UserError(f"--{name} must be from {least:g} to {most:g}, got {value}")

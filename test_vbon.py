@@ -727,7 +727,7 @@ def test_a_stopped_run_is_resumed_with_its_settings_and_models_only(toy_runs):
     torch.save(torch.load("run/checkpoint.pt") | {"ref": "another"}, other)
     refused("--overwrite", *argv)
     for name, value in dict(lr=0.01, N=8, estimator="log_mean", objective="rlhf").items():
-        refused(f"got {{'{name}': {value!r}", "--resume", out="run", **{name: value})
+        refused(f", got {value}", "--resume", out="run", **{name: value})
     for name, damage, word in (
             ("checkpoint.pt", b"", "checkpoint.pt"), ("config.json", b"\xff\xfe{}", "config.json"),
             ("checkpoint.pt", before["checkpoint.pt"][:-1000], "checkpoint.pt"),
@@ -747,8 +747,9 @@ def test_a_run_starts_again(toy_runs):
         assert "no checkpoint" in call(**TOY, seed=1, out="run", code=130)
     assert "no checkpoint" in call("--resume", out="run")
     assert outcome("run") == outcome(toy_runs / "one")
+    Path("run/eval-0123.json").write_text("{}")
     call("--overwrite", **TOY, seed=2, out="run")
-    assert outcome("run") == outcome(toy_runs / "two")
+    assert outcome("run") == outcome(toy_runs / "two") and not os.path.exists("run/eval-0123.json")
 
 
 @pytest.mark.parametrize("script, method", SCRIPTS)
@@ -1152,7 +1153,7 @@ def test_prompts_that_are_chats(models, template, of_reward, text):
     assert task.score([chats[3]], ["good"]) == pytest.approx(plain(reward, text), abs=1e-5)
     call(**settings)
     assert all(row["prompt"] in chats for row in sample_rows())
-    refused("got 0 prompts", **settings | dict(task="tldr", out="b"))
+    refused("no prompt", **settings | dict(task="tldr", out="b"))
 
 
 ROWS = [{"prompt": f"{i:02} is"} for i in range(20)]
@@ -1738,10 +1739,13 @@ MODELS = "--task imdb --ref ref --reward reward --dataset prompts.jsonl --max-ne
 ERRORS = {
     vbon: {
         "--N 0": "--N", "--N many": "--N", "--lr nan": "--lr", "--lr inf": "--lr",
-        "--task chess": "toy", "--nonsense": "--nonsense", "--objective rlhf --beta 0": "--beta",
+        f"--seed {2 ** 64}": "--seed", "--lam 1.5": "--lam", "--token-bias-lr 2": "--token-bias-lr",
+        "--task chess": "toy", "--nonsense": "--nonsense", "--objective rlhf --beta -1": "--beta",
         "--ref gpt2": "--task imdb", "--minibatch 4096": "--rollouts", "--device cuda:7": "cuda:7",
         "--unfrozen-layers 7": "from 1 to 2", "--max-new-tokens 6": "at most", "--out file": "file",
         "--M 2 --estimator smooth": "--M", "--objective rlhf --N 1": "--beta",
+        "--objective bound1 --estimator log_mean": "add_one",
+        "--objective rlhf --beta 0 --token-bias-lr 0.1": "--token-bias-lr 0",
         "MODELS --ref cut": "cut", "MODELS --ref bare": "lacks", "MODELS --ref no/such": "--ref",
         "MODELS --ref other/ref": "EOS", "MODELS --reward other/reward": "two labels",
         "MODELS --reward ref": "lacks", "MODELS --ref gpt2": "output layer",

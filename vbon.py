@@ -45,6 +45,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -345,7 +346,7 @@ def generate(lm, prompts, uniforms, eos, temperature, value_head=None):
     """Sample B responses, equally many per prompt (a list of token ids). Returns a Rollout.
 
     uniforms (B, T): a random number per token, rows grouped by prompt. eos: the token ids that end
-    a response.
+    a response. Ended responses leave the batch.
     """
     from transformers import DynamicCache  # takes seconds to import
     device, (B, T), samples = uniforms.device, uniforms.shape, len(uniforms) // len(prompts)
@@ -430,9 +431,10 @@ def reference_log_probs(ref, rollout, args):
 
 
 def make_policy(ref, K, own_output=False):
-    """Copy the reference model. K ≥ 1 trains the top K layers and what the model lists after them
-    (mostly the final norm), K = −1 everything. Other tensors are shared with the reference model.
-    own_output: copy the output weight too. For K ≥ 1 only `step_token_bias` changes it."""
+    """Copy the reference model. K ≥ 1 trains, in float32, the top K layers and what the model lists
+    after them (mostly the final norm), K = −1 everything. Other tensors are shared with the
+    reference model. own_output: copy the output weight too. For K ≥ 1 only `step_token_bias`
+    changes it."""
     ref.requires_grad_(False)
     shared = {}
     if K != -1:
@@ -629,7 +631,7 @@ def average_gradients(parameters):
 def check_finite(parameters):
     """Raise UserError if a weight is not finite."""
     if not sum(p.detach().square().sum() for p in parameters).isfinite():
-        raise UserError("the weights are not finite: pass a smaller --lr or --estimator add_one")
+        raise UserError("the weights are no longer finite: pass a smaller --lr")
 
 
 def shuffled(items, seed, skip=0):
@@ -652,8 +654,9 @@ def open_run(args):
         print(f"--resume: no checkpoint in {args.out}, training starts from the beginning")
         args.resume = False
     if RANK == 0:
-        for name in () if args.resume else ("result.json", "checkpoint.pt", "metrics.jsonl"):
-            Path(args.out, name).unlink(missing_ok=True)
+        names = ("result.json", "checkpoint.pt", "metrics.jsonl", "policy", "eval-*.json")
+        for path in () if args.resume else itertools.chain(*map(Path(args.out).glob, names)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         atomic_write(f"{args.out}/config.json", json.dumps(vars(args), indent=2) + "\n")
 
 
@@ -713,7 +716,7 @@ def save_run(args, task, policy, result):
 
     # The saved policy must be the trained one.
     ids = torch.tensor([task.encode(task.prompts[0])])
-    with torch.no_grad():
+    with torch.no_grad(), loading(f"cannot load the saved policy {folder}"):
         saved = AutoModelForCausalLM.from_pretrained(folder).eval()
         error = (saved(ids).logits - policy(ids).logits).abs().max()
     if not error < TOLERANCE["float32"]:
@@ -840,7 +843,7 @@ def sample_missing(task, args, missing, folder, header):
     """Generate, score and cache samples. missing: {prompt as JSON: number cached}. Each batch is
     one atomic write. A resumed run repeats whole batches, so that rounding is the same."""
     path = folder / "header.json"
-    if path.exists() and "converted" in path.read_text("utf-8"):
+    if path.exists() and "converted" in json.loads(path.read_text("utf-8")):
         raise UserError(f"{folder} was converted and has no tokens or too few rewards: convert it "
                         "again, or pass another --samples or --M")
     atomic_write(path, header)
@@ -963,13 +966,15 @@ def text_task(args, split):
 
     positions = getattr(ref.config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = positions - args.max_new_tokens
-    with loading(f"cannot load prompts for --ref {args.ref} from --dataset {args.dataset}"):
+    with loading(f"cannot load prompts for --ref {args.ref} from --dataset {args.dataset} (a hub "
+                 "name, name:config, folder or file with a column prompt or text)"):
         prompts = load_prompts(args, split, tokenizer, min(512, room))
-        lengths = [len(encode(p)) for p in prompts] or [0]
-        if not 0 < min(lengths) <= max(lengths) <= room:
-            raise ValueError(f"prompts need a token, and with --max-new-tokens at most {positions} "
-                             f"(the limit of --ref), got {len(prompts)} prompts of {min(lengths)} "
-                             f"to {max(lengths)} + {args.max_new_tokens} tokens")
+        lengths = [len(encode(p)) for p in prompts]
+        for prompt, length in zip(prompts, lengths):
+            if not 0 < length <= room:
+                raise ValueError("a prompt needs a token, and with --max-new-tokens at most "
+                                 f"{positions} (the limit of --ref), got {length} + "
+                                 f"{args.max_new_tokens} tokens for {str(prompt)[:60]!r}")
     check_sampler(ref, eos, args, max(lengths) + args.max_new_tokens)
     return Task(ref, tokenizer, score, encode, prompts, split, ref_id, reward_id, eos, end)
 
@@ -1075,10 +1080,12 @@ def load_reward(name, device="cpu", end="", without_end=None, dtype="float32"):
             rewards = compute([prompts[i] for i in rows], complete) if rows else []
             rewards = np.asarray(rewards, dtype=float)
             if rewards.shape != (len(rows),):
-                raise ValueError(f"got the shape {rewards.shape} for {len(rows)} responses")
+                raise ValueError(f"must return {len(rows)} numbers for {len(rows)} responses, got "
+                                 f"the shape {rewards.shape}")
             for i, reward in zip(rows, rewards.tolist()):
                 if not math.isfinite(reward):
-                    raise ValueError(f"must be finite, got {reward} for {responses[i]!r}")
+                    raise ValueError(f"rewards must be finite, got {reward} for the response "
+                                     f"{responses[i]!r} to {str(prompts[i])[-60:]!r}")
                 scores[i] = reward
         return scores
     return score, identity + (f", {without_end} without {end}" if end else "")
@@ -1111,7 +1118,8 @@ def load_classifier(name, device, end, dtype):
         reading = f"{'sigmoid' if sigmoid else 'probability'} of the label {labels[index]!r}"
     print(f"reward: {reading}")
 
-    # Causal classifiers read the last token that is not padding. It may be EOS.
+    # Causal classifiers read the last token that is not padding. If that is EOS, or there is no
+    # EOS, pad with another token.
     ids, eos = tokenizer.encode("a" + end), tokenizer.eos_token_id
     bos = tokenizer.bos_token if ids[0] == tokenizer.bos_token_id else ""
     if tokenizer.pad_token is None:
@@ -1159,6 +1167,8 @@ def load_prompts(args, split, tokenizer, longest):
         if args.task == "tldr":
             found = (p for p in found if str(p).startswith(TLDR_SUBREDDITS) == ours)
         prompts += itertools.islice(found, number)
+    if not prompts:
+        raise ValueError(f"no prompt for --task {args.task} among {len(rows)} rows for {split}")
     return prompts
 
 
@@ -1170,7 +1180,8 @@ def load_rows(dataset, split):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path = Path(dataset)
     if path.is_file():
-        kind = {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:])
+        suffix = path.suffix.lower()
+        kind = {".jsonl": "json", ".txt": "text"}.get(suffix, suffix[1:])
         splits = datasets.load_dataset(kind, data_files=dataset)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         splits = datasets.load_from_disk(dataset)
@@ -1401,7 +1412,7 @@ SETTINGS = {
     "N": (16.0, 16.0, 100.0, 1.0, "N of Best-of-N, a real number of at least 1"),
     "M": (200, 32, 200, 1, "number of reference samples per training prompt"),
     "estimator": ("add_one", "add_one", "smooth", ESTIMATORS, "estimator of log F"),
-    "beta": (None, None, None, 1e-9, "KL coefficient of rlhf, 1/(N−1) if not given"),
+    "beta": (None, None, None, 0.0, "KL coefficient of rlhf, 1/(N−1) if not given"),
     "ref": (None, "lvwerra/gpt2-imdb", "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr", None,
             "reference model: hub name or folder of a causal language model"),
     "reward": (None, "lvwerra/distilbert-imdb",
@@ -1419,7 +1430,7 @@ SETTINGS = {
     "ppo_epochs": (2, 1, 4, 1, "passes over the responses of an iteration"),
     "prefix_critic": (0, 2, 0, 0, "tokens between two reward-model scores of a partial response, "
                                   "which give the values; 0: a value head, as in the paper"),
-    "lam": (1.0, 0.8, 0.95, 0.0, "λ of generalized advantage estimation, 0 to 1"),
+    "lam": (1.0, 0.8, 0.95, 0.0, "λ of generalized advantage estimation"),
     "value_coef": (1.0, 1.0, 0.2, 0.0, "weight of the value loss"),
     "lr": (1e-3, 1.25e-4, 3e-6, 1e-30, "learning rate of AdamW"),
     "lr_schedule": ("linear", "linear", "linear", ("linear", "constant"), "linear: ends at 0"),
@@ -1448,7 +1459,8 @@ def make_parser(recipes, description, argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--task", choices=recipes, default="toy", help="toy (exact KL), imdb or tldr")
-    add("--objective", choices=OBJECTIVES, default="vbon", help="rlhf maximizes reward − β·KL")
+    add("--objective", choices=OBJECTIVES, default="vbon",
+        help="vbon (Eq. 5), its lower bounds, or rlhf: reward − β·KL")
     for name, (*_, low, help) in SETTINGS.items():
         add("--" + name.replace("_", "-"), help=help, choices=low if type(low) is tuple else None,
             type=type(low) if type(low) in (int, float) else str)
@@ -1471,6 +1483,10 @@ def derive_settings(args):
         raise UserError("--objective rlhf needs --beta, or N above 1")
     if args.estimator == "smooth" and args.M < 3:
         raise UserError(f"--estimator smooth needs --M of at least 3, got {args.M}")
+    if rlhf and args.beta == 0 and args.token_bias_lr:
+        raise UserError("--beta 0 needs --token-bias-lr 0, because the bias divides by β")
+    if (args.objective, args.estimator) == ("bound1", "log_mean"):
+        raise UserError("--objective bound1 needs a finite log F: pass --estimator add_one")
     if args.N > args.M and not rlhf and not args.resume:
         print(f"warning: {args.M} reference samples cannot resolve Best-of-{args.N}, the error is "
               f"about {(args.N - 1) / 4 / args.M:.2g} nats: pass a larger --M", file=sys.stderr)
@@ -1485,9 +1501,10 @@ def parse_args(argv=None, parser=None, derive=derive_settings):
     parser = parser or make_parser(RECIPES, __doc__, argv)
     args = parser.parse_args(argv)
     for name, (*_, low, _) in SETTINGS.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if type(value) in (int, float) and not low <= value < math.inf:
-            raise UserError(f"{flag} must be finite and at least {low}, got {value}")
+        value, high = getattr(args, name), 1 if name in ("lam", "token_bias_lr") else 1e18
+        if type(value) in (int, float) and not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be from {low} to {high:g}, got {value}")
     sizes = [args.minibatch, args.rollouts, args.episodes]
     if sizes != sorted(sizes) or sizes[0] % WORLD_SIZE or sizes[1] % WORLD_SIZE:
         raise UserError("--minibatch ≤ --rollouts ≤ --episodes must hold, and --rollouts and "
@@ -1509,9 +1526,9 @@ def parse_args(argv=None, parser=None, derive=derive_settings):
     parser.set_defaults(**saved | {"device": args.device})
     given = vars(parser.parse_args(argv))
     free = {k: given.pop(k) for k in "device samples save_every resume overwrite out".split()}
-    changed = {k: x for k, x in given.items() if x != saved.get(k)}
-    if changed:
-        raise UserError(f"--resume: {path} has other settings, got {changed}")
+    for name, value in given.items():
+        if value != saved.get(name):
+            raise UserError(f"--resume: {path} has {name} = {saved.get(name)}, got {value}")
     return argparse.Namespace(**saved | free)
 
 
